@@ -1,0 +1,38 @@
+"""Image augmentation: random shift, random crop and centre crop of (B, C, H, W) batches, any dtype, any device."""
+
+import torch
+
+
+def random_shift(images, pad=4):
+    """Shift each image by up to `pad` pixels each way, repeating its border: DrQ's replicate-pad and random crop.
+
+    Args:
+        images: (B, C, H, W).
+        pad: largest shift in pixels.
+
+    Returns:
+        (B, C, H, W) of the same dtype; one shift per image, the same for all its channels.
+    """
+    return _crop_at(images, images.shape[-1], torch.randint(-pad, pad + 1, (len(images), 2)))
+
+
+def random_crop(images, size):
+    """One random `size` x `size` window of each image: (B, C, H, W) -> (B, C, size, size)."""
+    return _crop_at(images, size, torch.randint(0, images.shape[-1] - size + 1, (len(images), 2)))
+
+
+def center_crop(images, size):
+    """The central `size` x `size` window: (..., H, W) -> (..., size, size), a view."""
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
+def _crop_at(images, size, corner):
+    """Windows whose top left pixels are at `corner` (B, 2); pixels outside the image repeat its border."""
+    corner = corner.to(images.device, non_blocking=True)
+    steps = torch.arange(size, device=images.device)
+    rows = (corner[:, :1] + steps).clamp(0, images.shape[-2] - 1)  # (B, size)
+    columns = (corner[:, 1:] + steps).clamp(0, images.shape[-1] - 1)
+    sample = torch.arange(len(images), device=images.device)
+    windows = images[sample[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (B, size, size, C)
+    return windows.permute(0, 3, 1, 2)

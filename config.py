@@ -1,0 +1,265 @@
+"""Every flag of `train.py`: its type, default and meaning. Importable without torch.
+
+`parse` turns a command line into a `Config` that is complete, checked and frozen. A value that cannot work is a
+`ConfigError` whose message is one line: the flag, its value, and what would be right.
+"""
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import sys
+from typing import Literal
+
+import tyro
+
+# (domain, task) -> action repeat, decisions, decisions between evaluations; 500K environment steps each.
+# Action repeats: PlaNet (arXiv 1811.04551), table 1, as used by SAC+AE, CURL and DrQ.
+TASK_TABLE = {
+    ("cartpole", "swingup"): (8, 63_000, 1_250),
+    ("ball_in_cup", "catch"): (4, 125_500, 2_500),
+    ("reacher", "easy"): (4, 125_500, 2_500),
+    ("cheetah", "run"): (4, 125_500, 2_500),
+    ("finger", "spin"): (2, 250_100, 5_000),
+    ("walker", "walk"): (2, 250_100, 5_000),
+}
+ENV_STEPS = 500_000  # training budget of a task outside the table
+EVAL_ENV_STEPS = 10_000  # environment steps between evaluations of a task outside the table
+EPISODE_LENGTH = 1_000  # environment steps in a DeepMind Control episode
+
+
+class ConfigError(ValueError):
+    """A flag whose value cannot work; the message is one line for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train SAC from pixels on a DeepMind Control task, its encoder shared with the CoDy auxiliary task."""
+
+    # environment
+    domain_name: str = "cartpole"
+    """DeepMind Control domain."""
+    task_name: str = "swingup"
+    """Task of that domain."""
+    action_repeat: int | None = None
+    """Physics control steps per decision. None: the task table's value, else 1."""
+    frame_stack: int = 3
+    """Frames in one observation."""
+    pre_transform_image_size: int | None = None
+    """Rendered height and width in pixels; if larger than image_size: random crop for training, centre crop for
+    acting. None: image_size, with random shift."""
+    image_size: int = 84
+    """Height and width in pixels of what the encoder sees."""
+
+    # training
+    agent: Literal["cody_sac"] = "cody_sac"
+    """SAC with this auxiliary task."""
+    num_train_steps: int | None = None
+    """Decisions in the run. None: the task table's value, else 500,000 environment steps."""
+    init_steps: int = 1_000
+    """Decisions taken uniformly at random before the first update."""
+    batch_size: int = 256
+    """Pairs of consecutive transitions in one update."""
+    replay_buffer_capacity: int = 100_000
+    """Transitions the replay buffer holds."""
+    hidden_dim: int = 1024
+    """Width of the hidden layers of actor, critic and CoDy."""
+    discount: float = 0.99
+    """Discount factor gamma per decision."""
+    seed: int = 1
+    """Seed of everything random in the run; -1 draws one and records it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the networks run; auto is cuda when there is one."""
+
+    # evaluation
+    eval_freq: int | None = None
+    """Decisions between evaluations. None: the task table's value, else 10,000 environment steps."""
+    num_eval_episodes: int = 10
+    """Episodes in one evaluation."""
+
+    # critic
+    critic_lr: float = 1e-3
+    """Adam learning rate of the critic's step: Q networks and encoder."""
+    critic_beta: float = 0.9
+    """Adam beta1 of the critic, its encoder included."""
+    critic_tau: float = 0.01
+    """EMA rate of the target Q networks."""
+    critic_target_update_freq: int = 2
+    """Updates between EMA steps of all targets."""
+    detach_encoder: bool = False
+    """Stop the critic's gradient at the output of the convolutions."""
+
+    # actor
+    actor_lr: float = 1e-3
+    """Adam learning rate of the actor."""
+    actor_beta: float = 0.9
+    """Adam beta1 of the actor."""
+    actor_log_std_min: float = -10.0
+    """Lower bound of the policy's log standard deviation."""
+    actor_log_std_max: float = 2.0
+    """Upper bound of the policy's log standard deviation."""
+    actor_update_freq: int = 2
+    """Updates between steps of the actor and the temperature."""
+
+    # temperature
+    init_temperature: float = 0.1
+    """Initial entropy temperature alpha."""
+    alpha_lr: float = 1e-4
+    """Adam learning rate of the temperature."""
+    alpha_beta: float = 0.5
+    """Adam beta1 of the temperature."""
+
+    # encoder
+    encoder_type: Literal["pixel"] = "pixel"
+    """Encoder architecture."""
+    encoder_feature_dim: int = 50
+    """Dimension d of the latent."""
+    encoder_lr: float = 1e-3
+    """Adam learning rate of the encoder in CoDy's step, where cody_lr is added to it."""
+    encoder_tau: float = 0.05
+    """EMA rate of the target encoder and of CoDy's target predictor."""
+    num_layers: int = 4
+    """Convolution layers."""
+    num_filters: int = 32
+    """Filters of each convolution."""
+
+    # CoDy
+    cody_lr: float = 1e-4
+    """Adam learning rate of CoDy's own networks."""
+    omega_cody_loss: float = 1e-3
+    """Weight omega of the KL term in the CoDy loss."""
+
+    # output
+    work_dir: str = "runs"
+    """Folder of all runs; this run writes <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/."""
+    log_interval: int = 100
+    """Decisions between readings of the training metrics."""
+    save_tb: bool = False
+    """Write TensorBoard events to tb/."""
+    save_video: bool = False
+    """Write an mp4 of the first episode of each evaluation to video/."""
+    save_model: bool = False
+    """Write the networks to model/ at each evaluation; evaluate.py reads them."""
+    save_buffer: bool = False
+    """Write the replay buffer to buffer/, in chunks, at each evaluation."""
+
+    @property
+    def max_episode_steps(self) -> int:
+        """Decisions in a full episode."""
+        return math.ceil(EPISODE_LENGTH / self.action_repeat)
+
+
+def complete(config: Config) -> Config:
+    """Fill in every value left at None, and draw the seed if it is -1."""
+    repeat, steps, eval_freq = TASK_TABLE.get((config.domain_name, config.task_name), (1, None, None))
+    if config.action_repeat not in (None, repeat):  # same budget in environment steps, other decisions
+        repeat, steps, eval_freq = config.action_repeat, None, None
+    per_decision = max(1, repeat)  # an impossible repeat is reported by `check`
+    defaults = {
+        "action_repeat": repeat,
+        "num_train_steps": steps or math.ceil(ENV_STEPS / per_decision),
+        "eval_freq": eval_freq or math.ceil(EVAL_ENV_STEPS / per_decision),
+        "pre_transform_image_size": config.image_size,
+    }
+    values = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    if config.seed == -1:
+        values["seed"] = int.from_bytes(os.urandom(3), "little")
+    return dataclasses.replace(config, **values)
+
+
+def check(config: Config) -> None:
+    """Raise `ConfigError` for the first value of a complete config that cannot work."""
+    c = config
+
+    def require(condition: bool, flag: str, right: str) -> None:
+        if not condition:
+            raise ConfigError(f"--{flag} {getattr(c, flag)}: {right}")
+
+    for field in dataclasses.fields(c):
+        value = getattr(c, field.name)
+        require(not isinstance(value, float) or math.isfinite(value), field.name, "must be finite")
+    for flag in (
+        "action_repeat frame_stack image_size num_train_steps batch_size hidden_dim eval_freq num_eval_episodes "
+        "critic_target_update_freq actor_update_freq encoder_feature_dim num_layers num_filters log_interval"
+    ).split():
+        require(getattr(c, flag) >= 1, flag, "must be at least 1")
+    for flag in "critic_lr actor_lr alpha_lr encoder_lr cody_lr init_temperature".split():
+        require(getattr(c, flag) > 0, flag, "must be positive")
+    for flag in "critic_tau encoder_tau".split():
+        require(0 < getattr(c, flag) <= 1, flag, "must be in (0, 1]")
+    for flag in "critic_beta actor_beta alpha_beta".split():
+        require(0 <= getattr(c, flag) < 1, flag, "must be in [0, 1)")
+    require(0 <= c.discount <= 1, "discount", "must be in [0, 1]")
+    require(c.omega_cody_loss >= 0, "omega_cody_loss", "must not be negative")
+    require(0 <= c.seed < 2**32, "seed", "must be -1 (drawn for you) or in [0, 2^32)")
+    require(
+        c.actor_log_std_min < c.actor_log_std_max,
+        "actor_log_std_min",
+        f"must be below --actor_log_std_max {c.actor_log_std_max}",
+    )
+    require(
+        c.action_repeat < EPISODE_LENGTH,
+        "action_repeat",
+        f"must be below the {EPISODE_LENGTH} steps of an episode, so that it has two decisions or more",
+    )
+    smallest = 4 * c.num_layers - 1  # 3x3 convolutions, the first with stride 2, need at least one output pixel
+    require(
+        c.image_size >= smallest,
+        "image_size",
+        f"must be at least {smallest} pixels for --num_layers {c.num_layers}",
+    )
+    require(
+        c.pre_transform_image_size >= c.image_size,
+        "pre_transform_image_size",
+        f"must be at least --image_size {c.image_size}",
+    )
+    require(c.init_steps >= 2, "init_steps", "must be at least 2, to leave a pair of transitions to sample")
+    require(
+        c.batch_size <= c.replay_buffer_capacity,
+        "batch_size",
+        f"must not exceed what the replay can hold, --replay_buffer_capacity {c.replay_buffer_capacity}",
+    )
+    smallest = c.frame_stack + 5
+    require(
+        c.replay_buffer_capacity >= smallest,
+        "replay_buffer_capacity",
+        f"must be at least {smallest}, to hold a pair of transitions with --frame_stack {c.frame_stack}",
+    )
+
+
+def parse_flags(flags, args=None):
+    """Command line -> instance of the dataclass `flags`. `--help` prints and exits; bad input raises `ConfigError`."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(flags, args=args, use_underscores=True)
+    except SystemExit as exit_:
+        if exit_.code:
+            raise ConfigError(_one_line(errors.getvalue())) from None
+        raise
+
+
+def parse(args=None) -> Config:
+    """Command line -> complete, checked config; see `parse_flags`."""
+    config = complete(parse_flags(Config, args))
+    check(config)
+    return config
+
+
+def _one_line(box: str) -> str:
+    """tyro's boxed message as one line."""
+    lines = []
+    for line in box.splitlines()[1:]:
+        line = line.strip("│╰╯╭╮─ ")
+        if line.startswith(("Argument helptext", "For full helptext")):
+            break
+        lines.append(line)
+    return " ".join(" ".join(lines).split())
+
+
+def exit_with(error: Exception) -> None:
+    """End the program as bad input does: one line on stderr, exit code 2."""
+    line = " ".join(str(error).split())
+    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,205 @@
+"""dm_control tasks as Gymnasium environments, with the `make` signature of the dmc2gym package.
+
+dm_control reads `MUJOCO_GL` once, when it is imported: so it is imported by `make`, after the rendering backend is
+chosen, and not before.
+"""
+
+import difflib
+import math
+import os
+import subprocess
+import sys
+
+import gymnasium
+import numpy as np
+
+DEBIAN_PACKAGES = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6", "glfw": "libglfw3 and a display"}
+
+
+class EnvError(ValueError):
+    """A task or rendering setting that cannot work; the message is one line for the user."""
+
+
+def select_gl_backend():
+    """Choose how frames are rendered and return its name; before dm_control is imported.
+
+    The user's `MUJOCO_GL` is respected. Otherwise the first of egl, osmesa (Linux) or glfw (elsewhere) that can
+    draw, found out in a process of its own: a backend that fails half-way leaves PyOpenGL bound to it.
+
+    Raises:
+        EnvError: no backend can draw.
+    """
+    asked = os.environ.get("MUJOCO_GL", "")
+    if "dm_control" in sys.modules:  # the choice is made
+        from dm_control import _render
+
+        return _render.BACKEND
+    candidates = [asked] if asked else ["egl", "osmesa"] if sys.platform == "linux" else ["glfw"]
+    for backend in candidates:
+        if _can_draw(backend):
+            os.environ["MUJOCO_GL"] = backend
+            return backend
+    packages = " or ".join(f"{DEBIAN_PACKAGES[b]} ({b})" for b in candidates if b in DEBIAN_PACKAGES)
+    if not packages:
+        raise EnvError(f"MUJOCO_GL={asked}: cannot render; use one of {', '.join(DEBIAN_PACKAGES)}")
+    setting = f"MUJOCO_GL={asked}" if asked else f"MUJOCO_GL is not set, tried {', '.join(candidates)}"
+    raise EnvError(f"{setting}: cannot render; install the Debian packages {packages}")
+
+
+def _can_draw(backend):
+    probe = "from dm_control import mujoco; mujoco.Physics.from_xml_string('<mujoco/>').render(16, 16)"
+    environment = {**os.environ, "MUJOCO_GL": backend}
+    # PyOpenGL's own variable must agree with MUJOCO_GL, and each backend sets it when it is free to
+    environment.pop("PYOPENGL_PLATFORM", None)
+    return subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True).returncode == 0
+
+
+def _load(domain_name, task_name, **kwargs):
+    """dm_control's suite.load, with an unknown name answered by the nearest real ones."""
+    from dm_control import suite
+
+    tasks = [f"{domain} {task}" for domain, task in suite.ALL_TASKS]
+    name = f"{domain_name} {task_name}"
+    if name not in tasks:
+        near = difflib.get_close_matches(name, tasks, n=4, cutoff=0.4) or tasks
+        same_domain = [task for task in tasks if task.split()[0] == domain_name]
+        names = ", ".join(dict.fromkeys(near + same_domain))
+        raise EnvError(f"--domain_name {domain_name} --task_name {task_name}: no such task; the nearest are {names}")
+    return suite.load(domain_name, task_name, **kwargs)
+
+
+class DMCEnv(gymnasium.Env):
+    """A dm_control suite task as a Gymnasium environment.
+
+    Actions are float32 in [-1, 1]. Observations are uint8 images, or the float64 state, flattened in the order of
+    the task's observation dictionary. `info` holds `discount`, the task's own.
+
+    Args:
+        domain_name, task_name: the suite's names.
+        seed: seed of the task's own random state.
+        visualize_reward: colour the geometry by reward; not with `from_pixels`, since the agent would see the
+            reward. (dmc2gym's default is True.)
+        from_pixels: observe images instead of the flattened state.
+        height, width: image size in pixels.
+        camera_id: camera of observations and of `render`.
+        frame_skip: physics control steps per `step`; their rewards are summed.
+        episode_length: control steps per episode, so `ceil(episode_length / frame_skip)` calls of `step`.
+        environment_kwargs: passed to dm_control's `Environment`.
+        time_limit: seconds of simulated time, the task's own if None.
+        channels_first: images are (3, height, width), else (height, width, 3).
+
+    Raises:
+        EnvError: unknown task, no usable rendering backend, an image too large to render.
+    """
+
+    def __init__(
+        self,
+        domain_name,
+        task_name,
+        seed=1,
+        visualize_reward=False,
+        from_pixels=False,
+        height=84,
+        width=84,
+        camera_id=0,
+        frame_skip=1,
+        episode_length=1000,
+        environment_kwargs=None,
+        time_limit=None,
+        channels_first=True,
+    ):
+        if from_pixels and visualize_reward:
+            raise EnvError("visualize_reward shows the reward in the pixels: not with from_pixels")
+        if from_pixels:
+            select_gl_backend()
+        task_kwargs = {"random": seed}
+        if time_limit is not None:
+            task_kwargs["time_limit"] = time_limit
+        self._env = _load(
+            domain_name,
+            task_name,
+            task_kwargs=task_kwargs,
+            environment_kwargs=environment_kwargs,
+            visualize_reward=visualize_reward,
+        )
+        self._from_pixels = from_pixels
+        self._height, self._width, self._camera_id = height, width, camera_id
+        self._frame_skip = frame_skip
+        self._channels_first = channels_first
+        self._max_steps = math.ceil(episode_length / frame_skip)
+        self._steps = None  # None: `reset` comes next
+
+        spec = self._env.action_spec()
+        bounded = np.abs(spec.maximum) < 1e9  # MuJoCo gives an unbounded actuator +-1e10
+        self._action_low = np.where(bounded, spec.minimum, -1.0)
+        self._action_high = np.where(bounded, spec.maximum, 1.0)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, spec.shape, np.float32)
+        if from_pixels:
+            largest = self._env.physics.model.vis.global_
+            if height > largest.offheight or width > largest.offwidth:
+                raise EnvError(
+                    f"image of {height}x{width} pixels: the task renders at most {largest.offheight}x{largest.offwidth}"
+                )
+            shape = (3, height, width) if channels_first else (height, width, 3)
+            self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)
+        else:
+            size = sum(int(np.prod(s.shape)) for s in self._env.observation_spec().values())
+            self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)
+        self.render_mode = "rgb_array"
+        self.metadata = {
+            "render_modes": ["rgb_array"],
+            "render_fps": 1.0 / (self._env.control_timestep() * frame_skip),  # simulated time
+        }
+
+    @property
+    def physics(self):
+        """dm_control's physics."""
+        return self._env.physics
+
+    def reset(self, *, seed=None, options=None):
+        """First observation of an episode; `seed` restarts the task's random state."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self._env.task.random.seed(seed)
+        time_step = self._env.reset()
+        self._steps = 0
+        return self._observe(time_step), {"discount": 1.0}
+
+    def step(self, action):
+        """`frame_skip` control steps with one action; terminated only where the task's discount is 0."""
+        if self._steps is None:
+            raise gymnasium.error.ResetNeeded("call reset() before step(), and after each episode")
+        fraction = (np.asarray(action, np.float64) + 1) / 2
+        action = self._action_low + fraction * (self._action_high - self._action_low)
+        reward = 0.0
+        for _ in range(self._frame_skip):
+            time_step = self._env.step(action)
+            reward += time_step.reward or 0.0
+            if time_step.last():
+                break
+        self._steps += 1
+        terminated = time_step.last() and time_step.discount == 0
+        truncated = not terminated and (time_step.last() or self._steps >= self._max_steps)
+        observation = self._observe(time_step)
+        if terminated or truncated:
+            self._steps = None
+        return observation, reward, terminated, truncated, {"discount": time_step.discount}
+
+    def render(self, height=None, width=None, camera_id=None):
+        """RGB image (height, width, 3), uint8, of the current state."""
+        return self._env.physics.render(
+            height or self._height, width or self._width, self._camera_id if camera_id is None else camera_id
+        )
+
+    def _observe(self, time_step):
+        if not self._from_pixels:
+            return np.concatenate([np.ravel(v) for v in time_step.observation.values()]).astype(np.float64)
+        image = self.render()
+        return np.ascontiguousarray(image.transpose(2, 0, 1)) if self._channels_first else image
+
+    def close(self):
+        """Free the rendering context."""
+        self._env.close()
+
+
+make = DMCEnv

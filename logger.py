@@ -1,0 +1,143 @@
+"""Where a run's numbers go: the console, JSON lines (train.log, eval.log) and TensorBoard."""
+
+import json
+import math
+import pathlib
+import sys
+
+import torch
+from termcolor import colored
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# name in the logs -> column on the console, as the released code's logger shows them
+TRAIN_COLUMNS = {
+    "episode": "E",
+    "step": "S",
+    "episode_reward": "R",
+    "batch_reward": "BR",
+    "actor_loss": "A_LOSS",
+    "critic_loss": "CR_LOSS",
+    "cody_loss": "CODY",
+    "mi_bound": "MI",
+    "kl": "KL",
+    "duration": "D",
+}
+EVAL_COLUMNS = {"episode": "E", "step": "S", "episode_reward": "R", "duration": "D"}
+
+
+class Logger:
+    """Collects metrics on the device and writes them out at the pace of the run.
+
+    Args:
+        folder: of the run, for train.log, eval.log and tb/.
+        action_repeat: environment steps per step; every row carries both.
+        num_train_steps: decisions in the run, for the progress bar.
+        save_tb: write TensorBoard events.
+    """
+
+    def __init__(self, folder, action_repeat, num_train_steps, save_tb):
+        self._folder = pathlib.Path(folder)
+        self._action_repeat = action_repeat
+        self._writer = SummaryWriter(self._folder / "tb") if save_tb else None
+        self._unread = []  # (step, metrics still on the device)
+        self._means = []  # metrics of the intervals read since the last train row
+        # no bar where there is no terminal: then the rows alone, as plain lines
+        self._bar = tqdm(total=num_train_steps, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
+
+    def record(self, step, metrics):
+        """Keep an update's metrics (0-d tensors) where they are until `read`."""
+        self._unread.append((step, metrics))
+
+    def read(self):
+        """Bring the recorded metrics to the host: their means go to TensorBoard and into the next train row.
+
+        Raises:
+            FloatingPointError: one of the losses was not finite; names the first, its step and the last metrics.
+        """
+        if not self._unread:
+            return
+        steps = {}
+        values = {}
+        for step, metrics in self._unread:
+            for name, value in metrics.items():
+                steps.setdefault(name, []).append(step)
+                values.setdefault(name, []).append(value)
+        last_step = self._unread[-1][0]
+        self._unread = []
+        columns = {name: torch.stack(v).double().tolist() for name, v in values.items()}
+        bad = [
+            (step, name, value)
+            for name, column in columns.items()
+            if name.endswith("loss")
+            for step, value in zip(steps[name], column, strict=True)
+            if not math.isfinite(value)
+        ]
+        if bad:
+            step, name, value = min(bad)
+            last = ", ".join(f"{n} {c[-1]:.6g}" for n, c in columns.items())
+            raise FloatingPointError(f"{name} is {value} at step {step}; last metrics: {last}")
+        means = {name: sum(column) / len(column) for name, column in columns.items()}
+        self._means.append(means)
+        self._scalars("train", last_step, means)
+
+    def train_row(self, step, **values):
+        """End of a training episode: its values and the means of what was read since the last row."""
+        for name in dict.fromkeys(name for means in self._means for name in means):
+            column = [means[name] for means in self._means if name in means]
+            values[name] = sum(column) / len(column)
+        self._means = []
+        self._row("train", step, values, TRAIN_COLUMNS, "yellow")
+        if self._writer:
+            episode = {name: values[name] for name in ("episode_reward", "duration")}
+            self._scalars("train", step, episode)
+
+    def eval_row(self, step, **values):
+        """End of an evaluation."""
+        self._row("eval", step, values, EVAL_COLUMNS, "green")
+        scalars = {name: value for name, value in values.items() if isinstance(value, float)}
+        self._scalars("eval", step, scalars)
+
+    def media(self, step, batch, agent):
+        """TensorBoard only: what the networks see (one augmented batch) and histograms of their parameters."""
+        if not self._writer:
+            return
+        env_step = step * self._action_repeat
+        for name in ("obs_prev", "obs", "next_obs"):
+            images = getattr(batch, name)[:4, -3:]  # newest frame
+            self._writer.add_images(f"augmented/{name}", images.cpu(), env_step)
+        for name, parameter in agent.named_parameters():
+            self._writer.add_histogram(f"parameters/{name}", parameter.detach().cpu(), env_step)
+
+    def progress(self, step):
+        """Move the progress bar to `step`."""
+        self._bar.update(step - self._bar.n)
+
+    def message(self, text):
+        """A line on the console, above the progress bar."""
+        tqdm.write(text)
+        sys.stdout.flush()  # a redirected run is read with tail -f
+
+    def close(self):
+        """Flush and close everything."""
+        self._bar.close()
+        if self._writer:
+            self._writer.close()
+
+    def _row(self, kind, step, values, columns, colour):
+        row = {"step": step, "env_step": step * self._action_repeat, **values}
+        with open(self._folder / f"{kind}.log", "a") as log:
+            log.write(json.dumps(row) + "\n")
+        cells = [f"{label}: {_cell(name, row[name])}" for name, label in columns.items() if name in row]
+        self.message(" | ".join([colored(f"| {kind:5}", colour), *cells]))
+
+    def _scalars(self, kind, step, values):
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, step * self._action_repeat)
+
+
+def _cell(name, value):
+    if name == "duration":
+        return f"{value:.1f} s"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,126 @@
+"""The project's own classes reproduce numbers computed with the released code.
+
+`update_small.npz` holds one batch of 6 pairs of transitions, all parameters of a small agent (4 filters, d = 8,
+hidden width 32, |A| = 2, action repeat 4, omega 0.001) and what the released code computes from them in float32.
+"""
+
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+from agent import make_agent
+from cody import contrastive_logits, info_nce, kl_divergence
+from config import parse
+from replay_buffer import Batch
+from sac import SAC, squashed_sample
+
+GOLDEN = {
+    name: torch.as_tensor(value) for name, value in np.load(pathlib.Path(__file__).parent / "update_small.npz").items()
+}
+FLAGS = "--encoder_feature_dim 8 --hidden_dim 32 --num_filters 4 --action_repeat 4 --batch_size 6"
+
+
+def load(module, prefix, renamed=()):
+    """Load parameters before/<prefix>.* into a module; `renamed` are (theirs, ours) parts of names."""
+    state = {}
+    for name, value in GOLDEN.items():
+        if name.startswith(f"before/{prefix}.") and ".encoder.net." not in name:
+            name = name.removeprefix(f"before/{prefix}.")
+            for theirs, ours in renamed:
+                name = name.replace(theirs, ours)
+            state[name] = value
+    module.load_state_dict(state)
+
+
+@pytest.fixture
+def agent():
+    agent: SAC = make_agent(parse(FLAGS.split()), 3, 2, torch.device("cpu"))
+    for name, encoder, critic in (
+        ("critic", agent.encoder, agent.critic),
+        ("critic_target", agent.target_encoder, agent.target_critic),
+    ):
+        load(encoder, f"{name}.encoder", [("convs.", "convs.convs."), ("fc.", "head.fc."), ("ln.", "head.ln.")])
+        load(critic.Q1, f"{name}.Q1.trunk")
+        load(critic.Q2, f"{name}.Q2.trunk")
+    load(agent.actor.head.fc, "actor.encoder.fc")
+    load(agent.actor.head.ln, "actor.encoder.ln")
+    load(agent.actor.trunk, "actor.trunk")
+    renamed = [("fc1.", "posterior."), ("fc2.", "prior."), ("predictor_target.", "target_predictor.")]
+    load(agent.auxiliary, "cody", renamed)
+    agent.log_alpha.data.fill_(GOLDEN["before/log_alpha"])
+    return agent
+
+
+@pytest.fixture
+def batch():
+    names = "obs_prev action_prev obs action reward next_obs not_done".split()
+    return Batch(**{name: GOLDEN[name] for name in names})
+
+
+def check(value, name, rtol=1e-4, slack=0.01):
+    """Agreement to `rtol`; elements below `slack` times the largest are held to that size's absolute error.
+
+    Gradients need slack 1: their small elements are sums that cancel, which float32 (the golden values' too: in
+    float64 they differ as much) cannot give to 1e-4.
+    """
+    expected = GOLDEN[f"out/{name}"]
+    atol = rtol * slack * expected.abs().max().item()
+    torch.testing.assert_close(value.detach(), expected.to(value.dtype), rtol=rtol, atol=atol)
+
+
+def test_latents(agent, batch):
+    check(agent.encoder(batch.obs), "latent")
+    check(agent.target_encoder(batch.next_obs), "target_latent_next")
+    check(agent.target_encoder(batch.obs_prev), "target_latent_prev")
+
+
+def test_actor(agent, batch):
+    # the golden actor's convolutions are the critic's, as here
+    for i, conv in enumerate(agent.encoder.convs.convs):
+        assert torch.equal(conv.weight, GOLDEN[f"before/actor.encoder.convs.{i}.weight"])
+    mu, log_std = agent.actor(agent.encoder.convs(batch.obs))
+    pi, log_pi = squashed_sample(mu, log_std, GOLDEN["out/actor_noise"])
+    check(torch.tanh(mu), "actor_mu")
+    check(log_std, "actor_log_std")
+    check(pi, "actor_pi")
+    check(log_pi, "actor_log_pi", rtol=1e-3)  # log(1 - pi^2) near saturation
+
+
+def test_critic(agent, batch):
+    q1, q2 = agent.critic(agent.encoder(batch.obs), batch.action)
+    check(q1, "q1")
+    check(q2, "q2")
+
+
+def test_cody_parts(agent, batch):
+    cody = agent.auxiliary
+    mu_p, log_std_p = cody.posterior(agent.encoder(batch.obs), batch.action)
+    mu_q, log_std_q = cody.prior(agent.target_encoder(batch.obs_prev), batch.action_prev)
+    check(mu_p, "posterior_mu")
+    check(log_std_p, "posterior_log_std")
+    check(mu_q, "prior_mu")
+    check(log_std_q, "prior_log_std")
+    u = mu_p + log_std_p.exp() * GOLDEN["out/posterior_noise"]
+    check(u, "posterior_sample")
+    check(kl_divergence(mu_p, log_std_p, mu_q, log_std_q).mean(), "kl")
+    query = cody.predictor(cody.projection(u))
+    key = cody.target_predictor(torch.cat([agent.target_encoder(batch.next_obs), batch.reward / 4], dim=1))
+    logits = contrastive_logits(query, cody.W, key)
+    check(logits, "logits")
+    check(info_nce(logits), "info_nce")
+
+
+def test_cody_loss_and_gradients(agent, batch):
+    features = agent.encoder.convs(batch.obs)
+    loss, metrics = agent.auxiliary.loss(
+        batch, features, agent.encoder, agent.target_encoder, noise=GOLDEN["out/posterior_noise"]
+    )
+    check(loss, "cody_loss")
+    check(metrics["kl"], "kl")
+    check(metrics["info_nce"], "info_nce")
+    loss.backward()
+    check(agent.auxiliary.W.grad, "grad_W", slack=1)
+    check(agent.encoder.convs.convs[0].weight.grad, "grad_conv0", slack=1)
+    check(agent.encoder.head.fc.weight.grad, "grad_encoder_fc", slack=1)

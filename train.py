@@ -1,0 +1,180 @@
+"""Train SAC from pixels on a DeepMind Control task, its encoder shared with the CoDy auxiliary task.
+
+    python train.py                                              cartpole swingup with the published settings
+    python train.py --domain_name walker --task_name walk        another task; its action repeat is looked up
+    python train.py --omega_cody_loss 0.01 --seed 3 --save_tb    weight of the KL term, seed, TensorBoard
+
+`python train.py --help` lists every flag. A run writes <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/:
+args.json, train.log, eval.log and, as asked for, tb/, video/, model/, buffer/.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+import dmc2gym
+from agent import make_agent
+from checkpoint import save_model
+from config import ConfigError, exit_with, parse
+from evaluate import choose_device, eval_seed, evaluate, make_env, summary
+from logger import Logger
+from replay_buffer import ReplayBuffer
+from utils import git_commit, keep_freed_memory, seed_everything
+
+
+def train(config, env, eval_env, replay, agent, logger, folder):
+    """The training loop: config.num_train_steps decisions, one update each from init_steps on."""
+    episode = 0
+    obs, _ = env.reset()
+    replay.begin_episode(obs)
+    episode_reward, episode_start = 0.0, time.time()
+
+    for step in range(config.num_train_steps):
+        # try to evaluate
+        if step % config.eval_freq == 0:
+            run_evaluation(config, eval_env, replay, agent, logger, folder, step, episode)
+
+        # choose an action
+        if step < config.init_steps:
+            action = env.action_space.sample()
+        else:
+            action = agent.act(obs, sample=True)
+            if not np.isfinite(action).all():
+                logger.read()  # names the loss, if it was one
+                raise FloatingPointError(f"the policy's action is {action} at step {step}")
+
+        # one gradient update; it never sees the transition being made
+        if step >= config.init_steps:
+            batch = agent.augment(replay.sample(config.batch_size))
+            logger.record(step, agent.update(batch, step))
+            if step % config.log_interval == 0:
+                logger.read()
+            if step % config.eval_freq == 0:
+                logger.media(step, batch, agent)
+
+        # take env step
+        obs, reward, terminated, truncated, _ = env.step(action)
+        replay.add(action, reward, obs, terminated)
+        episode_reward += reward
+        logger.progress(step + 1)
+
+        # end of episode
+        if terminated or truncated:
+            logger.train_row(
+                step + 1, episode=episode, episode_reward=episode_reward, duration=time.time() - episode_start
+            )
+            episode += 1
+            obs, _ = env.reset()
+            replay.begin_episode(obs)
+            episode_reward, episode_start = 0.0, time.time()
+
+    run_evaluation(config, eval_env, replay, agent, logger, folder, config.num_train_steps, episode)
+
+
+def run_evaluation(config, eval_env, replay, agent, logger, folder, step, episode):
+    """Evaluate the policy after `step` decisions and save what the flags ask for."""
+    logger.read()  # a run that is no longer finite stops here, not in the physics
+    start = time.time()
+    video = folder / "video" / f"{step}.mp4" if config.save_video else None
+    returns = evaluate(eval_env, agent, config.num_eval_episodes, eval_seed(config), video)
+    logger.eval_row(step, episode=episode, **summary(returns), returns=returns, duration=time.time() - start)
+    if config.save_model:
+        save_model(agent, folder / "model", step)
+    if config.save_buffer:
+        replay.save(folder / "buffer")
+
+
+def check_work_dir(work_dir):
+    """Raise `ConfigError` if a run folder cannot be made below `work_dir`; creates nothing."""
+    path = pathlib.Path(work_dir).absolute()
+    existing = next(p for p in [path, *path.parents] if os.path.lexists(p))
+    if not existing.is_dir():
+        raise ConfigError(f"--work_dir {work_dir}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--work_dir {work_dir}: {existing} is not writable")
+
+
+def make_run_folder(config):
+    """A new folder <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/, numbered if that name is taken."""
+    parent = pathlib.Path(config.work_dir) / f"{config.domain_name}-{config.task_name}"
+    parent.mkdir(parents=True, exist_ok=True)
+    name = f"{config.agent}-{time.strftime('%Y%m%d-%H%M%S')}-s{config.seed}"
+    number = 1
+    while True:
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:  # another run of the same sweep, in the same second
+            number += 1
+    for part, wanted in {"video": config.save_video, "model": config.save_model, "buffer": config.save_buffer}.items():
+        if wanted:
+            (folder / part).mkdir()
+    return folder
+
+
+def provenance(config, device):
+    """Everything that args.json holds: every flag, and what the run was made with."""
+    packages = ("torch", "mujoco", "dm_control", "gymnasium", "numpy")
+    return {
+        **dataclasses.asdict(config),
+        "command": sys.argv,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "python": sys.version.split()[0],
+        "device_used": str(device),
+        "mujoco_gl": os.environ.get("MUJOCO_GL"),
+        "git_commit": git_commit(),
+    }
+
+
+def main():
+    """Set everything up, then train. Bad input: one line, exit code 2, nothing created."""
+    keep_freed_memory()
+    try:
+        config = parse()
+        device = choose_device(config.device)
+        check_work_dir(config.work_dir)
+        seed_everything(config.seed)
+        env, eval_env = make_env(config, config.seed), make_env(config, eval_seed(config))
+        env.action_space.seed(config.seed)
+        action_dim = env.action_space.shape[0]
+        size = config.pre_transform_image_size
+        replay = ReplayBuffer(
+            capacity=min(config.replay_buffer_capacity, config.num_train_steps),
+            frame_shape=(3, size, size),
+            action_dim=action_dim,
+            frame_stack=config.frame_stack,
+            episode_steps=config.max_episode_steps,
+            device=device,
+            seed=config.seed,
+        )
+        agent = make_agent(config, 3, action_dim, device)
+        folder = make_run_folder(config)
+    except (ConfigError, dmc2gym.EnvError, MemoryError, OSError) as error:
+        exit_with(error)
+
+    facts = provenance(config, device)
+    (folder / "args.json").write_text(json.dumps(facts, indent=2) + "\n")
+    logger = Logger(folder, config.action_repeat, config.num_train_steps, config.save_tb)
+    logger.message(
+        f"{folder}: seed {config.seed}, on {device}, frames drawn by {facts['mujoco_gl']}, "
+        f"replay of {replay.nbytes / 1e9:.2f} GB"
+    )
+    try:
+        train(config, env, eval_env, replay, agent, logger, folder)
+    except FloatingPointError as error:
+        sys.exit(f"{folder}: stopped: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        logger.close()
+
+
+if __name__ == "__main__":
+    main()
