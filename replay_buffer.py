@@ -188,4 +188,4 @@ class ReplayBuffer:
                 store = getattr(self, f"_{name}")
                 store[slots] = torch.as_tensor(values) if name == "frames" else values
             self._stream = self._saved = last
-            self._finals[(last - 1) % self.slots] = True  # its next frame is in no chunk (yet)
+        self._finals[(self._stream - 1) % self.slots] = True  # the frame after it is in no chunk (yet)

@@ -1,0 +1,35 @@
+# make train ARGS="--task_name balance"   train, after installing into .venv
+# make test                               the test suite
+# make lint                               ruff
+
+# the first Python 3.10 to 3.12 found; another: make PYTHON=/path/to/python
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
+	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+ARGS ?=
+
+.PHONY: train test lint
+
+train: .venv/installed
+	.venv/bin/python train.py --save_tb --save_video --save_model $(ARGS)
+
+test: .venv/installed-dev
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.10, 3.11 or 3.12 found; name one: make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	# the pip that old Pythons bring searches for hours among these requirements
+	.venv/bin/python -m pip install --quiet pip==26.3
+
+.venv/installed: .venv/bin/python requirements.txt
+	.venv/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@

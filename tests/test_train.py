@@ -1,0 +1,283 @@
+"""Whole runs of `train.py` and `evaluate.py` as commands, on real pixels with small networks."""
+
+import fcntl
+import json
+import os
+import pathlib
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import imageio.v3 as iio
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = pathlib.Path(__file__).parent.parent
+# 10 decisions an episode
+SMALL = (
+    "--action_repeat 100 --batch_size 8 --init_steps 12 --num_train_steps 36 --eval_freq 15 --num_eval_episodes 2 "
+    "--log_interval 4 --hidden_dim 32 --num_filters 4 --encoder_feature_dim 8 --seed 3"
+)
+
+
+def command(script, flags, work_dir):
+    return [sys.executable, str(ROOT / script), *flags.split(), *(["--work_dir", str(work_dir)] if work_dir else [])]
+
+
+def run(flags, work_dir, script="train.py", **kwargs):
+    return subprocess.run(command(script, flags, work_dir), capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def rows(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def only_run(work_dir):
+    (folder,) = (work_dir / "cartpole-swingup").iterdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One finished run with everything saved, and what it printed."""
+    work_dir = tmp_path_factory.mktemp("trained")
+    result = run(f"{SMALL} --save_tb --save_video --save_model --save_buffer", work_dir)
+    assert result.returncode == 0, result.stderr
+    return only_run(work_dir), result.stdout
+
+
+def test_what_a_run_writes(trained):
+    folder, _ = trained
+    assert folder.name.startswith("cody_sac-") and folder.name.endswith("-s3")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "args.json", "buffer", "eval.log", "model", "tb", "train.log", "video",
+    ]  # fmt: skip
+    args = json.loads((folder / "args.json").read_text())
+    assert args["action_repeat"] == 100 and args["critic_lr"] == 1e-3 and args["seed"] == 3
+    assert set(args["versions"]) == {"torch", "mujoco", "dm_control", "gymnasium", "numpy"}
+    assert args["mujoco_gl"] in ("egl", "osmesa", "glfw")
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert (args["git_commit"] or "").startswith(commit)
+
+
+def test_rows(trained):
+    folder, _ = trained
+    train, evaluation = rows(folder, "train.log"), rows(folder, "eval.log")
+    assert [row["step"] for row in train] == [10, 20, 30]
+    assert [row["episode"] for row in train] == [0, 1, 2]
+    assert [row["step"] for row in evaluation] == [0, 15, 30, 36]
+    assert all(row["env_step"] == 100 * row["step"] for row in train + evaluation)
+    assert "critic_loss" not in train[0]  # before the first update
+    logged = (
+        "batch_reward critic_loss actor_loss alpha_loss alpha entropy cody_loss info_nce mi_bound "
+        "contrastive_accuracy kl posterior_mu posterior_std prior_mu prior_std latent_norm latent_std "
+        "critic_grad_norm actor_grad_norm auxiliary_grad_norm"
+    ).split()
+    assert set(logged) <= set(train[1])
+    for row in evaluation:
+        assert len(row["returns"]) == 2 and row["episode_reward"] == pytest.approx(sum(row["returns"]) / 2)
+
+
+def test_console_without_a_terminal_is_plain_lines(trained):
+    _, stdout = trained
+    assert "\r" not in stdout and "\x1b" not in stdout
+    lines = stdout.splitlines()
+    assert "seed 3, on " in lines[0] and "frames drawn by " in lines[0]
+    assert sum(line.startswith("| train") for line in lines) == 3
+    assert sum(line.startswith("| eval") for line in lines) == 4
+    last = [line for line in lines if line.startswith("| train")][-1]
+    columns = [cell.split(":")[0].strip() for cell in last.split("|")[2:]]
+    assert columns == ["E", "S", "R", "BR", "A_LOSS", "CR_LOSS", "CODY", "MI", "KL", "D"]
+
+
+def test_progress_bar_on_a_terminal(tmp_path):
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # 40 lines of 120 columns
+    process = subprocess.Popen(command("train.py", SMALL, tmp_path), stdout=follower, stderr=follower)
+    os.close(follower)
+    output = b""
+    while True:
+        try:
+            output += os.read(leader, 65536)
+        except OSError:  # the terminal is closed
+            break
+    assert process.wait() == 0
+    assert b"36/36" in output and b"step/s" in output
+    assert b"\x1b[33m| train" in output and b"\x1b[32m| eval" in output  # yellow, green
+
+
+def test_tensorboard(trained):
+    folder, _ = trained
+    events = EventAccumulator(str(folder / "tb"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/critic_loss", "train/kl", "train/episode_reward", "eval/episode_reward"} <= set(tags["scalars"])
+    assert [e.step for e in events.Scalars("eval/episode_reward")] == [0, 1500, 3000, 3600]
+    assert tags["images"] == ["augmented/obs_prev", "augmented/obs", "augmented/next_obs"]
+    assert "parameters/encoder.convs.convs.0.weight" in tags["histograms"]
+
+
+def test_video_plays(trained):
+    folder, _ = trained
+    videos = sorted((folder / "video").iterdir())
+    assert [v.name for v in videos] == ["0.mp4", "15.mp4", "30.mp4", "36.mp4"]
+    frames = iio.imread(videos[0], plugin="FFMPEG")
+    assert frames.shape == (10, 256, 256, 3)
+    assert frames.std() > 5  # a picture, and not the same one throughout
+    assert (frames[0] != frames[-1]).any()
+
+
+def test_saved_buffer_loads(trained):
+    import torch
+
+    from replay_buffer import ReplayBuffer
+
+    folder, _ = trained
+    replay = ReplayBuffer(100, (3, 84, 84), 1, 3, 10, torch.device("cpu"), 0)
+    replay.load(folder / "buffer")
+    # 36 transitions in episodes of 10, less the first of each and the last, whose next frame came too late
+    assert len(replay.legal_positions()) == 9 * 3 + 4
+
+
+def test_evaluate_gives_the_logged_returns_again(trained, tmp_path):
+    folder, _ = trained
+    result = run(f"--run {folder} --num_eval_episodes 2 --video {tmp_path}/e.mp4", None, "evaluate.py")
+    assert result.returncode == 0, result.stderr
+    row = json.loads(result.stdout)
+    assert row["step"] == 36 and row["returns"] == rows(folder, "eval.log")[-1]["returns"]
+    assert iio.imread(tmp_path / "e.mp4", plugin="FFMPEG").shape == (10, 256, 256, 3)
+    result = run(f"--run {folder} --num_eval_episodes 2 --step 15", None, "evaluate.py")
+    assert json.loads(result.stdout)["returns"] == rows(folder, "eval.log")[1]["returns"]
+    for flags, line in (
+        (f"--run {folder} --step 7", f"--step 7: not in {folder}/model, which has 0, 15, 30, 36"),
+        (f"--run {tmp_path}", f"{tmp_path}: not the folder of a run"),
+        (f"--run {folder} --num_eval_episodes 0", "--num_eval_episodes 0: must be at least 1"),
+        (f"--run {folder} --video {tmp_path}/e.mp4", f"--video {tmp_path}/e.mp4: exists and is not written over"),
+    ):
+        result = run(flags, None, "evaluate.py")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"evaluate.py: error: {line}") and result.stderr.count("\n") == 1
+
+
+def test_same_seed_same_logs(trained, tmp_path):
+    """Byte-identical values, times aside; and what is saved beside them does not matter."""
+    folder, _ = trained
+    assert run(SMALL, tmp_path).returncode == 0
+    again = only_run(tmp_path)
+    for name in ("train.log", "eval.log"):
+        ours, theirs = rows(folder, name), rows(again, name)
+        for row in ours + theirs:
+            del row["duration"]
+        assert json.dumps(ours) == json.dumps(theirs)
+
+
+def test_another_seed_is_another_run(trained, tmp_path):
+    folder, _ = trained
+    assert run(SMALL.replace("--seed 3", "--seed -1"), tmp_path).returncode == 0
+    again = only_run(tmp_path)
+    assert again.name.endswith(f"-s{json.loads((again / 'args.json').read_text())['seed']}")
+    assert rows(again, "eval.log")[0]["returns"] != rows(folder, "eval.log")[0]["returns"]
+
+
+def test_random_crop_of_larger_frames(tmp_path):
+    result = run(f"{SMALL} --pre_transform_image_size 100 --frame_stack 2 --detach_encoder", tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("--domain_name cartpol", "--domain_name cartpol --task_name swingup: no such task; the nearest are cartpole"),
+        ("--image_size 600", "image of 600x600 pixels: the task renders at most 480x640"),
+        ("--num_layers 30", "--image_size 84: must be at least 119 pixels for --num_layers 30"),
+        ("--critic_lr -1", "--critic_lr -1.0: must be positive"),
+        ("--init_steps 1", "--init_steps 1: must be at least 2"),
+        ("--num_train_steps 900000000 --replay_buffer_capacity 900000000", "--replay_buffer_capacity 900000000: its"),
+    ],
+)
+def test_bad_input_is_one_line_and_creates_nothing(tmp_path, flags, line):
+    result = run(f"{SMALL} {flags}", tmp_path / "runs", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"train.py: error: {line}") and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cuda_asked_for_and_not_there(tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = run(f"{SMALL} --device cuda", tmp_path / "runs", env=environment)
+    assert result.returncode == 2 and result.stderr.startswith("train.py: error: --device cuda: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_work_dir(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run(SMALL, tmp_path / "file" / "runs")
+    expected = f"train.py: error: --work_dir {tmp_path}/file/runs: {tmp_path}/file is not a folder\n"
+    assert (result.returncode, result.stderr) == (2, expected)
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_an_existing_run_is_not_written_over(tmp_path, monkeypatch):
+    import train
+    from config import parse
+
+    monkeypatch.setattr(train.time, "strftime", lambda _: "now")
+    config = parse(["--work_dir", str(tmp_path)])
+    names = [train.make_run_folder(config).name for _ in range(3)]
+    assert names == ["cody_sac-now-s1", "cody_sac-now-s1-2", "cody_sac-now-s1-3"]
+
+
+def test_a_non_finite_loss_stops_the_run(tmp_path):
+    result = run(f"{SMALL} --critic_lr 1e30", tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    folder = only_run(tmp_path)
+    assert line.startswith(f"{folder}: stopped: ") and "loss is " in line and " at step 1" in line
+    assert "last metrics: " in line and "batch_reward" in line
+    assert rows(folder, "train.log")[0]["step"] == 10 and rows(folder, "eval.log")[0]["step"] == 0
+
+
+def test_a_killed_run_leaves_whole_logs(tmp_path):
+    process = subprocess.Popen(command("train.py", SMALL.replace("36", "100000"), tmp_path), stdout=subprocess.PIPE)
+    while not process.stdout.readline().startswith(b"| train"):
+        pass
+    process.send_signal(signal.SIGINT)
+    started = time.time()
+    assert process.wait(timeout=60) == 130 and time.time() - started < 30
+    folder = only_run(tmp_path)
+    assert rows(folder, "train.log") and rows(folder, "eval.log")
+
+
+@pytest.mark.parametrize(
+    "script, folders",
+    [
+        ("train_dmc6.sh", ["cartpole-swingup/cody_sac-*-s5"]),
+        ("sweep_omega.sh", ["0.1/cartpole-swingup/cody_sac-*-s5", "1e-5/cartpole-swingup/cody_sac-*-s5"]),
+    ],
+)
+def test_shell_sweeps(tmp_path, script, folders):
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "WORK_DIR": str(tmp_path),
+        "TASKS": "cartpole-swingup",
+        "SEEDS": "5",
+        "OMEGAS": "0.1 1e-5",
+    }
+    flags = SMALL.replace("--seed 3", "").replace("36", "14").split()
+    sweep = [str(ROOT / "scripts" / script), *flags]
+    first = subprocess.run(sweep, env=environment, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    for pattern in folders:
+        (folder,) = tmp_path.glob(pattern)
+        args = json.loads((folder / "args.json").read_text())
+        assert args["num_train_steps"] == 14 and args["save_tb"]
+        if script == "sweep_omega.sh":
+            assert args["omega_cody_loss"] == float(pattern.split("/")[0])
+    second = subprocess.run(sweep, env=environment, capture_output=True, text=True)
+    assert second.returncode == 0 and second.stdout.count("skipped: ") == len(folders)
+    assert len(list(tmp_path.glob("**/args.json"))) == len(folders)
