@@ -3,22 +3,30 @@
 import functools
 
 from augment import center_crop, random_crop, random_shift
-from cody import CoDy
+from cody import CoDy, PublishedCoDy
+from decoder import Reconstruction
 from sac import SAC
 
 
-def make_agent(config, frame_channels, action_dim, device):
-    """The agent on `device`, for observations of `frame_stack` frames of `frame_channels` channels each."""
-    size = config.image_size
-    augment = random_shift
-    if config.pre_transform_image_size > size:
-        augment = functools.partial(random_crop, size=size)
-    return SAC(
-        config,
-        obs_shape=(frame_channels * config.frame_stack, size, size),
-        action_dim=action_dim,
-        auxiliary=CoDy(config, action_dim),
-        augment=augment,
-        crop=functools.partial(center_crop, size=size),
-        device=device,
-    )
+def make_agent(config, obs_shape, action_dim, device):
+    """The agent on `device`, for an environment's observations (C, H, W), or (n,) of a state."""
+    augment = crop = _unchanged
+    if config.encoder_type != "identity":
+        size = config.image_size
+        crop = functools.partial(center_crop, size=size)
+        if config.agent != "sac_ae":
+            larger = config.pre_transform_image_size > size
+            augment = functools.partial(random_crop, size=size) if larger else random_shift
+        obs_shape = (obs_shape[0], size, size)
+
+    objective = {"dynamics_kl": CoDy, "published": PublishedCoDy}[config.cody_objective]
+    make_auxiliary = {
+        "cody_sac": lambda latent_dim: objective(config, latent_dim, action_dim),
+        "sac_ae": lambda latent_dim: Reconstruction(config, obs_shape, latent_dim),
+        "sac": lambda latent_dim: None,
+    }[config.agent]
+    return SAC(config, obs_shape, action_dim, make_auxiliary, augment, crop, device)
+
+
+def _unchanged(obs):
+    return obs

@@ -44,8 +44,8 @@ class Config:
     """Task of that domain."""
     action_repeat: int | None = None
     """Physics control steps per decision. None: the task table's value, else 1."""
-    frame_stack: int = 3
-    """Frames in one observation."""
+    frame_stack: int | None = None
+    """Frames in one observation. None: 3, and 1 for --encoder_type identity."""
     pre_transform_image_size: int | None = None
     """Rendered height and width in pixels; if larger than image_size: random crop for training, centre crop for
     acting. None: image_size, with random shift."""
@@ -53,12 +53,14 @@ class Config:
     """Height and width in pixels of what the encoder sees."""
 
     # training
-    agent: Literal["cody_sac"] = "cody_sac"
-    """SAC with this auxiliary task."""
+    agent: Literal["cody_sac", "sac", "sac_ae"] = "cody_sac"
+    """SAC with the CoDy auxiliary task, with none, or with the reconstruction of SAC+AE (and no augmentation)."""
     num_train_steps: int | None = None
     """Decisions in the run. None: the task table's value, else 500,000 environment steps."""
     init_steps: int = 1_000
     """Decisions taken uniformly at random before the first update."""
+    updates_per_step: int = 1
+    """Gradient updates per decision."""
     batch_size: int = 256
     """Pairs of consecutive transitions in one update."""
     replay_buffer_capacity: int = 100_000
@@ -111,8 +113,9 @@ class Config:
     """Adam beta1 of the temperature."""
 
     # encoder
-    encoder_type: Literal["pixel"] = "pixel"
-    """Encoder architecture."""
+    encoder_type: Literal["pixel", "protorl", "identity"] = "pixel"
+    """pixel: convs, linear, LayerNorm. protorl: pixels minus 1/2, LayerNorm and tanh moved into actor and critic.
+    identity: train from the task's state, no pixels."""
     encoder_feature_dim: int = 50
     """Dimension d of the latent."""
     encoder_lr: float = 1e-3
@@ -128,13 +131,47 @@ class Config:
     cody_lr: float = 1e-4
     """Adam learning rate of CoDy's own networks."""
     omega_cody_loss: float = 1e-3
-    """Weight omega of the KL term in the CoDy loss."""
+    """Weight omega of the KL term (published objective: of its second term) in the CoDy loss."""
+    cody_objective: Literal["dynamics_kl", "published"] = "dynamics_kl"
+    """InfoNCE with the KL term, or the three terms of the 2022 paper."""
+    beta_cody_loss: float = 1.0
+    """Weight beta of the regression term of the published objective."""
+    kl_prior: Literal["learned", "shared", "unit_gaussian", "none"] = "learned"
+    """Prior of the KL term: own network, the posterior's network, N(0, 1), or no KL term."""
+    kl_encoder: Literal["target", "online"] = "target"
+    """Encoder of the prior's input o_{t-1}; no gradient either way."""
+    key_encoder: Literal["target", "online"] = "target"
+    """Encoder of the keys' o_{t+1}; no gradient either way."""
+    dynamics_layer_norm: bool = True
+    """LayerNorm over the outputs of posterior and prior."""
+    reward_prediction: Literal["contrastive", "regression", "none"] = "contrastive"
+    """Reward as a part of the key, by a regression head with squared error, or not predicted."""
+    reward_norm: Literal["per_step", "symmetric", "none"] = "per_step"
+    """Reward that CoDy predicts: per physics step, the same scaled from [0, 1] to [-1, 1], or the raw sum."""
+    action_encoder: bool = False
+    """Encode actions (|A| to 512 to 16, LayerNorm) before posterior and prior."""
+    projection: Literal["mlp", "linear", "none"] = "mlp"
+    """Projection of the posterior's sample before the predictor."""
+    predictor_layers: int = 2
+    """Linear layers of the predictor."""
+
+    # SAC+AE
+    decoder_lr: float = 1e-3
+    """Adam learning rate of the decoder (the encoder's, in the same step, is encoder_lr)."""
+    decoder_update_freq: int = 1
+    """Updates between steps of the reconstruction loss."""
+    decoder_latent_lambda: float = 1e-6
+    """Weight of the penalty on the squared norm of the latent."""
+    decoder_weight_lambda: float = 1e-7
+    """Weight decay of the decoder."""
 
     # output
     work_dir: str = "runs"
     """Folder of all runs; this run writes <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/."""
     log_interval: int = 100
     """Decisions between readings of the training metrics."""
+    divergence_factor: float = 10.0
+    """Warn when KL or the critic loss passes this multiple of its running median."""
     save_tb: bool = False
     """Write TensorBoard events to tb/."""
     save_video: bool = False
@@ -161,6 +198,7 @@ def complete(config: Config) -> Config:
         "num_train_steps": steps or math.ceil(ENV_STEPS / per_decision),
         "eval_freq": eval_freq or math.ceil(EVAL_ENV_STEPS / per_decision),
         "pre_transform_image_size": config.image_size,
+        "frame_stack": 1 if config.encoder_type == "identity" else 3,
     }
     values = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.seed == -1:
@@ -181,17 +219,20 @@ def check(config: Config) -> None:
         require(not isinstance(value, float) or math.isfinite(value), field.name, "must be finite")
     for flag in (
         "action_repeat frame_stack image_size num_train_steps batch_size hidden_dim eval_freq num_eval_episodes "
-        "critic_target_update_freq actor_update_freq encoder_feature_dim num_layers num_filters log_interval"
+        "critic_target_update_freq actor_update_freq encoder_feature_dim num_layers num_filters log_interval "
+        "updates_per_step predictor_layers decoder_update_freq"
     ).split():
         require(getattr(c, flag) >= 1, flag, "must be at least 1")
-    for flag in "critic_lr actor_lr alpha_lr encoder_lr cody_lr init_temperature".split():
+    for flag in "critic_lr actor_lr alpha_lr encoder_lr cody_lr decoder_lr init_temperature".split():
         require(getattr(c, flag) > 0, flag, "must be positive")
     for flag in "critic_tau encoder_tau".split():
         require(0 < getattr(c, flag) <= 1, flag, "must be in (0, 1]")
     for flag in "critic_beta actor_beta alpha_beta".split():
         require(0 <= getattr(c, flag) < 1, flag, "must be in [0, 1)")
     require(0 <= c.discount <= 1, "discount", "must be in [0, 1]")
-    require(c.omega_cody_loss >= 0, "omega_cody_loss", "must not be negative")
+    for flag in "omega_cody_loss beta_cody_loss decoder_latent_lambda decoder_weight_lambda".split():
+        require(getattr(c, flag) >= 0, flag, "must not be negative")
+    require(c.divergence_factor > 1, "divergence_factor", "must be above 1")
     require(0 <= c.seed < 2**32, "seed", "must be -1 (drawn for you) or in [0, 2^32)")
     require(
         c.actor_log_std_min < c.actor_log_std_max,
@@ -226,6 +267,39 @@ def check(config: Config) -> None:
         "replay_buffer_capacity",
         f"must be at least {smallest}, to hold a pair of transitions with --frame_stack {c.frame_stack}",
     )
+
+    _check_combinations(c)
+
+
+def _check_combinations(c: Config) -> None:
+    """Refuse a choice that another one makes meaningless, rather than ignore it."""
+    variants = "kl_prior kl_encoder key_encoder dynamics_layer_norm reward_prediction reward_norm action_encoder"
+    variants = f"{variants} projection predictor_layers".split()
+    decoder = "decoder_lr decoder_update_freq decoder_latent_lambda decoder_weight_lambda".split()
+    pixels = "image_size num_layers num_filters encoder_feature_dim detach_encoder".split()
+    needs = [
+        ([*variants, "cody_objective", "beta_cody_loss"], "--agent cody_sac", c.agent == "cody_sac"),
+        (variants, "--cody_objective dynamics_kl", c.cody_objective == "dynamics_kl"),
+        (["beta_cody_loss"], "--cody_objective published", c.cody_objective == "published"),
+        (["kl_encoder"], "--kl_prior learned or shared", c.kl_prior in ("learned", "shared")),
+        (["reward_norm"], "--reward_prediction contrastive or regression", c.reward_prediction != "none"),
+        (decoder, "--agent sac_ae", c.agent == "sac_ae"),
+        (pixels, "--encoder_type pixel or protorl", c.encoder_type != "identity"),
+    ]
+    defaults = {field.name: field.default for field in dataclasses.fields(c)}
+    for flags, need, met in needs:
+        for flag in flags:
+            if not met and getattr(c, flag) != defaults[flag]:
+                raise ConfigError(f"--{flag} {getattr(c, flag)}: has no effect without {need}")
+    if c.agent == "sac_ae" and c.encoder_type != "pixel":
+        raise ConfigError(f"--agent sac_ae: reconstructs pixels, not with --encoder_type {c.encoder_type}")
+    if c.agent == "sac_ae" and c.pre_transform_image_size != c.image_size:
+        raise ConfigError(
+            f"--pre_transform_image_size {c.pre_transform_image_size}: --agent sac_ae has no augmentation, so it must "
+            f"be --image_size {c.image_size}"
+        )
+    if c.encoder_type == "identity" and c.cody_objective == "published":
+        raise ConfigError("--cody_objective published: contrasts two augmentations of pixels; identity has none")
 
 
 def parse_flags(flags, args=None):

@@ -1,7 +1,10 @@
-"""The conv encoder f: pixels -> convolutions -> linear -> LayerNorm -> latent.
+"""The encoders f: observations to latents.
 
-Two modules, because actor and critic share the first and own one each of the second.
+An encoder is two modules, `convs` and `head`, because actor and critic share the first and own one each of the second.
+`make_encoder` also gives the two parts of actor and critic that depend on `--encoder_type`.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,47 +16,88 @@ class ConvNet(nn.Module):
     Args:
         obs_shape: (C, H, W) of the observation.
         num_layers, num_filters: of the convolutions.
+        offset: subtracted from the pixels after scaling to [0, 1].
     """
 
-    def __init__(self, obs_shape, num_layers, num_filters):
+    def __init__(self, obs_shape, num_layers, num_filters, offset=0.0):
         super().__init__()
         channels = [obs_shape[0]] + num_layers * [num_filters]
         self.convs = nn.ModuleList(
             nn.Conv2d(channels[i], channels[i + 1], 3, stride=2 if i == 0 else 1) for i in range(num_layers)
         )
+        self.offset = offset
         with torch.no_grad():
             self.feature_dim = self(torch.zeros(1, *obs_shape, dtype=torch.uint8)).shape[1]
 
     def forward(self, obs):
         """(B, C, H, W) uint8 -> (B, feature_dim) float32."""
-        h = obs.float() / 255  # (B, C, H, W)
+        h = obs.float() / 255 - self.offset  # (B, C, H, W)
         for conv in self.convs:
             h = torch.relu(conv(h))
         return h.flatten(1)
 
 
 class LatentHead(nn.Module):
-    """Flat conv features to the latent: linear, LayerNorm. (B, feature_dim) -> (B, d)."""
+    """Flat conv features to the latent: linear, LayerNorm, tanh if asked for. (B, feature_dim) -> (B, d)."""
 
-    def __init__(self, feature_dim, latent_dim):
+    def __init__(self, feature_dim, latent_dim, tanh=False):
         super().__init__()
         self.fc = nn.Linear(feature_dim, latent_dim)
         self.ln = nn.LayerNorm(latent_dim)
+        self.squash = nn.Tanh() if tanh else nn.Identity()
 
     def forward(self, h):
-        return self.ln(self.fc(h))
+        return self.squash(self.ln(self.fc(h)))
 
 
 class Encoder(nn.Module):
-    """f: observations to latents. (B, C, H, W) uint8 -> (B, d) float32.
+    """f: (B, *obs_shape) -> (B, latent_dim) float32, through conv features (B, feature_dim)."""
 
-    `convs` is the part that the actor shares; `head` is the critic's and CoDy's own.
-    """
-
-    def __init__(self, obs_shape, latent_dim, num_layers, num_filters):
+    def __init__(self, convs, head, feature_dim, latent_dim):
         super().__init__()
-        self.convs = ConvNet(obs_shape, num_layers, num_filters)
-        self.head = LatentHead(self.convs.feature_dim, latent_dim)
+        self.convs, self.head = convs, head
+        self.feature_dim, self.latent_dim = feature_dim, latent_dim
 
     def forward(self, obs):
         return self.head(self.convs(obs))
+
+
+class EncoderParts(NamedTuple):
+    """What `--encoder_type` decides."""
+
+    encoder: Encoder  # the critic's, and the auxiliary task's
+    actor_head: nn.Module  # the actor's own, from the shared conv features to its latent
+    critic_input: nn.Module  # between the latent and the Q networks
+
+
+def make_encoder(config, obs_shape):
+    """The `EncoderParts` of a config, for observations of shape (C, H, W), or (n,) for identity."""
+    return {"pixel": _pixel, "protorl": _protorl, "identity": _identity}[config.encoder_type](config, obs_shape)
+
+
+def _pixel(config, obs_shape):
+    convs = ConvNet(obs_shape, config.num_layers, config.num_filters)
+    sizes = (convs.feature_dim, config.encoder_feature_dim)
+    tanh = config.agent == "sac_ae"  # SAC+AE bounds its latent, CoDy does not
+    return EncoderParts(
+        Encoder(convs, LatentHead(*sizes, tanh), *sizes),
+        actor_head=LatentHead(*sizes, tanh),
+        critic_input=nn.Identity(),
+    )
+
+
+def _protorl(config, obs_shape):
+    """Yarats et al., Proto-RL (arXiv 2102.11271): a linear latent; LayerNorm and tanh belong to actor and critic."""
+    convs = ConvNet(obs_shape, config.num_layers, config.num_filters, offset=0.5)
+    sizes = (convs.feature_dim, config.encoder_feature_dim)
+    return EncoderParts(
+        Encoder(convs, nn.Linear(*sizes), *sizes),
+        actor_head=LatentHead(*sizes, tanh=True),
+        critic_input=nn.Sequential(nn.LayerNorm(sizes[1]), nn.Tanh()),
+    )
+
+
+def _identity(config, obs_shape):
+    """The state is the latent: no parameters."""
+    size = obs_shape[0]
+    return EncoderParts(Encoder(nn.Identity(), nn.Identity(), size, size), nn.Identity(), nn.Identity())

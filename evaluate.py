@@ -24,20 +24,26 @@ VIDEO_SIZE = 256  # pixels, a multiple of 16 as H.264 wants
 
 
 def make_env(config, seed):
-    """The config's task; observations (frame_stack * 3, size, size) uint8, the first frame repeated at reset."""
+    """The config's task; observations (3 * frame_stack, size, size) uint8, the first frame repeated at reset.
+
+    With the identity encoder: the stacked states, (n,) float32.
+    """
     size = config.pre_transform_image_size
     env = dmc2gym.make(
         config.domain_name,
         config.task_name,
         seed=seed,
-        from_pixels=True,
+        from_pixels=config.encoder_type != "identity",
         height=size,
         width=size,
         frame_skip=config.action_repeat,
     )
     env = FrameStackObservation(env, config.frame_stack, padding_type="reset")
-    stacked = gymnasium.spaces.Box(0, 255, (3 * config.frame_stack, size, size), "uint8")
-    return TransformObservation(env, lambda obs: obs.reshape(stacked.shape), stacked)
+    stack = env.observation_space  # (frame_stack, *frame)
+    shape = (stack.shape[0] * stack.shape[1], *stack.shape[2:])
+    dtype = np.uint8 if stack.dtype == np.uint8 else np.float32
+    space = gymnasium.spaces.Box(stack.low.min(), stack.high.max(), shape, dtype)
+    return TransformObservation(env, lambda obs: obs.reshape(shape).astype(dtype, copy=False), space)
 
 
 def eval_seed(config):
@@ -99,10 +105,12 @@ def main():
             raise ConfigError(f"--num_eval_episodes {args.num_eval_episodes}: must be at least 1")
         if args.video and pathlib.Path(args.video).exists():
             raise ConfigError(f"--video {args.video}: exists and is not written over")
+        if args.video:
+            dmc2gym.select_gl_backend()
         config = load_config(args.run)
         device = choose_device(args.device)
         env = make_env(config, eval_seed(config))
-        agent = make_agent(config, 3, env.action_space.shape[0], device)
+        agent = make_agent(config, env.observation_space.shape, env.action_space.shape[0], device)
         step = load_model(agent, pathlib.Path(args.run) / "model", args.step)
     except (ConfigError, dmc2gym.EnvError) as error:
         exit_with(error)

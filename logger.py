@@ -1,8 +1,10 @@
 """Where a run's numbers go: the console, JSON lines (train.log, eval.log) and TensorBoard."""
 
+import collections
 import json
 import math
 import pathlib
+import statistics
 import sys
 
 import torch
@@ -23,6 +25,7 @@ TRAIN_COLUMNS = {
     "kl": "KL",
     "duration": "D",
 }
+MEDIAN_WINDOW = 20  # readings in the running median of the divergence warning; it needs half of them
 EVAL_COLUMNS = {"episode": "E", "step": "S", "episode_reward": "R", "duration": "D"}
 
 
@@ -31,19 +34,20 @@ class Logger:
 
     Args:
         folder: of the run, for train.log, eval.log and tb/.
-        action_repeat: environment steps per step; every row carries both.
-        num_train_steps: decisions in the run, for the progress bar.
-        save_tb: write TensorBoard events.
+        config: see config.py.
     """
 
-    def __init__(self, folder, action_repeat, num_train_steps, save_tb):
+    def __init__(self, folder, config):
         self._folder = pathlib.Path(folder)
-        self._action_repeat = action_repeat
-        self._writer = SummaryWriter(self._folder / "tb") if save_tb else None
+        self._action_repeat = config.action_repeat
+        self._writer = SummaryWriter(self._folder / "tb") if config.save_tb else None
         self._unread = []  # (step, metrics still on the device)
         self._means = []  # metrics of the intervals read since the last train row
+        self._divergence_factor = config.divergence_factor
+        self._watched = {name: collections.deque(maxlen=MEDIAN_WINDOW) for name in ("kl", "critic_loss")}
+        self._warned = False  # in this episode
         # no bar where there is no terminal: then the rows alone, as plain lines
-        self._bar = tqdm(total=num_train_steps, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
+        self._bar = tqdm(total=config.num_train_steps, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
 
     def record(self, step, metrics):
         """Keep an update's metrics (0-d tensors) where they are until `read`."""
@@ -80,6 +84,21 @@ class Logger:
         means = {name: sum(column) / len(column) for name, column in columns.items()}
         self._means.append(means)
         self._scalars("train", last_step, means)
+        self._watch(last_step, means)
+
+    def _watch(self, step, means):
+        """One plain line per episode when KL or the critic loss has left its usual size."""
+        for name, window in self._watched.items():
+            if name not in means:
+                continue
+            usual = statistics.median(window) if len(window) >= MEDIAN_WINDOW // 2 else math.inf
+            if means[name] > self._divergence_factor * usual and not self._warned:
+                self._warned = True
+                self.message(
+                    f"warning: {name} {means[name]:.4g} at step {step} is more than {self._divergence_factor:g} times "
+                    f"its running median {usual:.4g}; see docs/troubleshooting.md"
+                )
+            window.append(means[name])
 
     def train_row(self, step, **values):
         """End of a training episode: its values and the means of what was read since the last row."""
@@ -87,6 +106,7 @@ class Logger:
             column = [means[name] for means in self._means if name in means]
             values[name] = sum(column) / len(column)
         self._means = []
+        self._warned = False
         self._row("train", step, values, TRAIN_COLUMNS, "yellow")
         if self._writer:
             episode = {name: values[name] for name in ("episode_reward", "duration")}
@@ -98,15 +118,14 @@ class Logger:
         scalars = {name: value for name, value in values.items() if isinstance(value, float)}
         self._scalars("eval", step, scalars)
 
-    def media(self, step, batch, agent):
-        """TensorBoard only: what the networks see (one augmented batch) and histograms of their parameters."""
+    def media(self, step, images, named_parameters):
+        """TensorBoard only: {name: (N, 3, H, W)} images, and histograms of parameters."""
         if not self._writer:
             return
         env_step = step * self._action_repeat
-        for name in ("obs_prev", "obs", "next_obs"):
-            images = getattr(batch, name)[:4, -3:]  # newest frame
-            self._writer.add_images(f"augmented/{name}", images.cpu(), env_step)
-        for name, parameter in agent.named_parameters():
+        for name, value in images.items():
+            self._writer.add_images(name, value.cpu(), env_step)
+        for name, parameter in named_parameters:
             self._writer.add_histogram(f"parameters/{name}", parameter.detach().cpu(), env_step)
 
     def progress(self, step):

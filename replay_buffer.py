@@ -16,7 +16,10 @@ from utils import available_memory
 
 
 class Batch(NamedTuple):
-    """B pairs of consecutive transitions; C = frame_stack * channels of a frame."""
+    """B pairs of consecutive transitions; C = frame_stack * channels of a frame.
+
+    Observations of a task's state are (B, C) float32 with C = frame_stack * state size.
+    """
 
     obs_prev: torch.Tensor  # (B, C, H, W) uint8, o_{t-1}
     action_prev: torch.Tensor  # (B, A) float32, a_{t-1}
@@ -25,6 +28,7 @@ class Batch(NamedTuple):
     reward: torch.Tensor  # (B, 1) float32, r_t summed over the action repeat
     next_obs: torch.Tensor  # (B, C, H, W) uint8, o_{t+1}
     not_done: torch.Tensor  # (B, 1) float32, 0 after a true termination
+    second_obs: torch.Tensor | None = None  # another augmentation of o_t, where the auxiliary task asks for one
 
 
 class ReplayBuffer:
@@ -33,18 +37,19 @@ class ReplayBuffer:
     Args:
         capacity: transitions to hold. With episodes that end early the final frames take more slots than planned
             and the buffer holds a little less.
-        frame_shape: (channels, H, W) of one frame, uint8.
+        frame_shape: (channels, H, W) of one frame, or (n,) of a state.
         action_dim: |A|.
         frame_stack: frames in an observation.
         episode_steps: transitions in a full episode, for planning the slots of final frames.
         device: where batches go.
         seed: seed of the sampling.
+        dtype: of the frames.
 
     Raises:
         MemoryError: the frames do not fit in the memory that is available now; one line.
     """
 
-    def __init__(self, capacity, frame_shape, action_dim, frame_stack, episode_steps, device, seed):
+    def __init__(self, capacity, frame_shape, action_dim, frame_stack, episode_steps, device, seed, dtype=torch.uint8):
         self.slots = capacity + capacity // episode_steps + 2
         self.frame_stack = frame_stack
         self.device = device
@@ -52,7 +57,7 @@ class ReplayBuffer:
         self._stream = 0  # frames written since the start
         self._saved = 0  # frames written to disk by `save`
 
-        size = self.slots * int(np.prod(frame_shape))
+        size = self.slots * int(np.prod(frame_shape)) * dtype.itemsize
         too_large = (
             f"--replay_buffer_capacity {capacity}: its frames take {size / 1e9:.1f} GB and "
             f"{available_memory() / 1e9:.1f} GB of memory are available"
@@ -60,7 +65,7 @@ class ReplayBuffer:
         if size > available_memory():
             raise MemoryError(too_large)
         try:
-            self._frames = torch.empty((self.slots, *frame_shape), dtype=torch.uint8)
+            self._frames = torch.empty((self.slots, *frame_shape), dtype=dtype)
             self._frames.zero_()  # touches every page now, so that the run cannot meet the end of memory later
         except RuntimeError as error:  # torch's way of saying that the allocation was refused
             raise MemoryError(too_large) from error

@@ -1,10 +1,13 @@
 """Soft actor-critic from pixels (Haarnoja et al., arXiv 1812.05905; Yarats et al., arXiv 1910.01741).
 
-`SAC` owns the encoder and trains it with the critic's loss and with the loss of one auxiliary task. The auxiliary
-is a module with
-    loss(batch, features, encoder, target_encoder) -> (loss, metrics)
+`SAC` owns the encoder and trains it with the critic's loss and with the loss of one auxiliary task, or of none. The
+auxiliary is a module with
+    loss(batch, features, encoder, target_encoder, detailed) -> (loss, metrics)
     parameter_groups(encoder) -> groups for Adam: what its loss trains, and at which rates
     update_targets() -> EMA step of its own targets
+    update_freq -> updates between its steps
+    views -> {field of Batch: field it is an augmentation of}, beside `obs` and `next_obs`
+    images(batch, encoder) -> {name: (N, 3, H, W)} to look at
 """
 
 import copy
@@ -14,21 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encoder import Encoder, LatentHead
+from encoder import make_encoder
 from utils import grad_norm, mlp, soft_update, weight_init
 
 
 class Actor(nn.Module):
-    """Policy pi(a|o) on the shared conv features, with its own linear + LayerNorm.
+    """Policy pi(a|o) on the shared conv features.
 
     Args:
-        feature_dim: of the conv features; latent_dim: d; action_dim: |A|; hidden_dim: of the two hidden layers.
+        head: its own, from conv features to a latent of dimension `latent_dim`.
+        action_dim: |A|; hidden_dim: of the two hidden layers.
         log_std_min, log_std_max: range of the log standard deviation.
     """
 
-    def __init__(self, feature_dim, latent_dim, action_dim, hidden_dim, log_std_min, log_std_max):
+    def __init__(self, head, latent_dim, action_dim, hidden_dim, log_std_min, log_std_max):
         super().__init__()
-        self.head = LatentHead(feature_dim, latent_dim)
+        self.head = head
         self.trunk = mlp(latent_dim, hidden_dim, 2 * action_dim, hidden_layers=2)
         self.log_std_min, self.log_std_max = log_std_min, log_std_max
 
@@ -49,15 +53,16 @@ def squashed_sample(mu, log_std, noise):
 
 
 class Critic(nn.Module):
-    """Two Q networks on the latent: (B, d), (B, |A|) -> (B, 1), (B, 1)."""
+    """Two Q networks on the latent: (B, d), (B, |A|) -> (B, 1), (B, 1). `latent_input` comes before both."""
 
-    def __init__(self, latent_dim, action_dim, hidden_dim):
+    def __init__(self, latent_input, latent_dim, action_dim, hidden_dim):
         super().__init__()
+        self.latent_input = latent_input
         self.Q1 = mlp(latent_dim + action_dim, hidden_dim, 1, hidden_layers=2)
         self.Q2 = mlp(latent_dim + action_dim, hidden_dim, 1, hidden_layers=2)
 
     def forward(self, z, action):
-        z_a = torch.cat([z, action], dim=-1)
+        z_a = torch.cat([self.latent_input(z), action], dim=-1)
         return self.Q1(z_a), self.Q2(z_a)
 
 
@@ -66,33 +71,26 @@ class SAC(nn.Module):
 
     Args:
         config: see config.py.
-        obs_shape: (C, H, W) that the encoder sees.
+        obs_shape: (C, H, W) that the encoder sees, or (n,) of a state.
         action_dim: |A|.
-        auxiliary: see the module's docstring.
+        make_auxiliary: latent dimension -> auxiliary task or None; see the module's docstring.
         augment: random augmentation of a (B, C, H, W) batch for training.
         crop: deterministic crop of the same for acting.
         device: where everything runs.
     """
 
-    def __init__(self, config, obs_shape, action_dim, auxiliary, augment, crop, device):
+    def __init__(self, config, obs_shape, action_dim, make_auxiliary, augment, crop, device):
         super().__init__()
         self.config = config
         self.device = device
         self._augment, self._crop = augment, crop
-        latent_dim = config.encoder_feature_dim
-
-        self.encoder = Encoder(obs_shape, latent_dim, config.num_layers, config.num_filters)
-        self.critic = Critic(latent_dim, action_dim, config.hidden_dim)
-        self.actor = Actor(
-            self.encoder.convs.feature_dim,
-            latent_dim,
-            action_dim,
-            config.hidden_dim,
-            config.actor_log_std_min,
-            config.actor_log_std_max,
-        )
+        self.encoder, actor_head, critic_input = make_encoder(config, obs_shape)
+        latent_dim = self.encoder.latent_dim
+        self.critic = Critic(critic_input, latent_dim, action_dim, config.hidden_dim)
+        std_range = (config.actor_log_std_min, config.actor_log_std_max)
+        self.actor = Actor(actor_head, latent_dim, action_dim, config.hidden_dim, *std_range)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(config.init_temperature)))
-        self.auxiliary = auxiliary
+        self.auxiliary = make_auxiliary(latent_dim)
         for module in (self.encoder, self.critic, self.actor):
             module.apply(weight_init)
         # after the initialisation, so that targets start equal to their online networks
@@ -101,14 +99,16 @@ class SAC(nn.Module):
         self.target_entropy = -action_dim
         self.to(device)
 
-        critic_parameters = [*self.encoder.parameters(), *self.critic.parameters()]
+        self._encoder_parameters = list(self.encoder.parameters())  # none with the identity encoder
+        critic_parameters = [*self._encoder_parameters, *self.critic.parameters()]
         betas = (config.critic_beta, 0.999)
         self.critic_optimizer = torch.optim.Adam(critic_parameters, config.critic_lr, betas)
         betas = (config.actor_beta, 0.999)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, betas)
         betas = (config.alpha_beta, 0.999)
         self.alpha_optimizer = torch.optim.Adam([self.log_alpha], config.alpha_lr, betas)
-        self.auxiliary_optimizer = torch.optim.Adam(auxiliary.parameter_groups(self.encoder))
+        if self.auxiliary:
+            self.auxiliary_optimizer = torch.optim.Adam(self.auxiliary.parameter_groups(self.encoder))
 
     @torch.no_grad()
     def act(self, obs, sample):
@@ -119,27 +119,57 @@ class SAC(nn.Module):
         return action[0].cpu().numpy()
 
     def augment(self, batch):
-        """The batch with each of its three observations augmented independently."""
-        return batch._replace(
-            obs_prev=self._augment(batch.obs_prev),
-            obs=self._augment(batch.obs),
-            next_obs=self._augment(batch.next_obs),
-        )
+        """The batch with each observation that is looked at augmented independently."""
+        views = {**(self.auxiliary.views if self.auxiliary else {}), "obs": "obs", "next_obs": "next_obs"}
+        return batch._replace(**{view: self._augment(getattr(batch, source)) for view, source in views.items()})
 
-    def update(self, batch, index):
-        """One update on an augmented batch; `index` counts updates. Returns metrics, 0-d tensors on the device."""
+    def images(self, batch):
+        """Pictures of what the networks see and make of it: {name: (N, 3, H, W)}; none of a state."""
+        if batch.obs.dim() != 4:
+            return {}
+        seen = {"obs": batch.obs, "next_obs": batch.next_obs}
+        if self.auxiliary:
+            seen.update({view: getattr(batch, view) for view in self.auxiliary.views})
+        images = {f"augmented/{name}": value[:4, -3:] for name, value in seen.items()}  # newest frames
+        if self.auxiliary:
+            images.update(self.auxiliary.images(batch, self.encoder))
+        return images
+
+    def update(self, batch, index, detailed=False):
+        """One update on an augmented batch.
+
+        Args:
+            batch: what `augment` returned.
+            index: counts the updates.
+            detailed: also compute the metrics that cost something.
+
+        Returns:
+            Metrics, a dictionary of 0-d tensors that stay where they were computed.
+        """
+        auxiliary_due = self.auxiliary and index % self.auxiliary.update_freq == 0
+        actor_due = index % self.config.actor_update_freq == 0
         metrics = {"batch_reward": batch.reward.mean()}
         metrics.update(self._update_critic(batch))
-        # The critic's step has changed the convolutions; actor and auxiliary see the same new features.
-        features = self.encoder.convs(batch.obs)
-        if index % self.config.actor_update_freq == 0:
+        if auxiliary_due or actor_due:
+            # The critic's step has changed the convolutions; actor and auxiliary see the same new features.
+            with torch.set_grad_enabled(bool(auxiliary_due)):
+                features = self.encoder.convs(batch.obs)
+        if actor_due:
             metrics.update(self._update_actor(features.detach()))
         if index % self.config.critic_target_update_freq == 0:
-            soft_update(self.critic, self.target_critic, self.config.critic_tau)
-            soft_update(self.encoder, self.target_encoder, self.config.encoder_tau)
-            self.auxiliary.update_targets()
-        metrics.update(self._update_auxiliary(batch, features))
+            self._update_targets()
+        if auxiliary_due:
+            metrics.update(self._update_auxiliary(batch, features, detailed))
+            if self._encoder_parameters:
+                of_auxiliary, of_critic = metrics["auxiliary_encoder_grad_norm"], metrics["critic_encoder_grad_norm"]
+                metrics["encoder_grad_ratio"] = of_auxiliary / of_critic
         return {name: value.detach() for name, value in metrics.items()}
+
+    def _update_targets(self):
+        soft_update(self.critic, self.target_critic, self.config.critic_tau)
+        soft_update(self.encoder, self.target_encoder, self.config.encoder_tau)
+        if self.auxiliary:
+            self.auxiliary.update_targets()
 
     @torch.no_grad()
     def target_q(self, batch):
@@ -158,7 +188,13 @@ class SAC(nn.Module):
         q1, q2 = self.critic(self.encoder.head(features), batch.action)
         critic_loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
         norm = self._step(self.critic_optimizer, critic_loss)
-        return {"critic_loss": critic_loss, "q": q1.mean(), "target_q": target_q.mean(), "critic_grad_norm": norm}
+        return {
+            "critic_loss": critic_loss,
+            "q": q1.mean(),
+            "target_q": target_q.mean(),
+            "critic_grad_norm": norm,
+            "critic_encoder_grad_norm": grad_norm(self._encoder_parameters),
+        }
 
     def _update_actor(self, features):
         """Actor and temperature, on conv features (B, feature_dim) without gradient."""
@@ -179,9 +215,10 @@ class SAC(nn.Module):
             "actor_grad_norm": norm,
         }
 
-    def _update_auxiliary(self, batch, features):
-        loss, metrics = self.auxiliary.loss(batch, features, self.encoder, self.target_encoder)
+    def _update_auxiliary(self, batch, features, detailed):
+        loss, metrics = self.auxiliary.loss(batch, features, self.encoder, self.target_encoder, detailed=detailed)
         metrics["auxiliary_grad_norm"] = self._step(self.auxiliary_optimizer, loss)
+        metrics["auxiliary_encoder_grad_norm"] = grad_norm(self._encoder_parameters)
         return metrics
 
     @staticmethod

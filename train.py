@@ -17,6 +17,7 @@ import sys
 import time
 
 import numpy as np
+import torch
 
 import dmc2gym
 from agent import make_agent
@@ -49,14 +50,16 @@ def train(config, env, eval_env, replay, agent, logger, folder):
                 logger.read()  # names the loss, if it was one
                 raise FloatingPointError(f"the policy's action is {action} at step {step}")
 
-        # one gradient update; it never sees the transition being made
+        # gradient updates; they never see the transition being made
         if step >= config.init_steps:
-            batch = agent.augment(replay.sample(config.batch_size))
-            logger.record(step, agent.update(batch, step))
-            if step % config.log_interval == 0:
+            time_to_log = step % config.log_interval == 0
+            for i in range(config.updates_per_step):
+                batch = agent.augment(replay.sample(config.batch_size))
+                logger.record(step, agent.update(batch, step * config.updates_per_step + i, detailed=time_to_log))
+            if time_to_log:
                 logger.read()
             if step % config.eval_freq == 0:
-                logger.media(step, batch, agent)
+                logger.media(step, agent.images(batch), agent.named_parameters())
 
         # take env step
         obs, reward, terminated, truncated, _ = env.step(action)
@@ -141,31 +144,32 @@ def main():
         device = choose_device(config.device)
         check_work_dir(config.work_dir)
         seed_everything(config.seed)
+        if config.save_video:
+            dmc2gym.select_gl_backend()  # a run on states draws nothing else
         env, eval_env = make_env(config, config.seed), make_env(config, eval_seed(config))
         env.action_space.seed(config.seed)
         action_dim = env.action_space.shape[0]
-        size = config.pre_transform_image_size
+        obs_space = env.observation_space
         replay = ReplayBuffer(
             capacity=min(config.replay_buffer_capacity, config.num_train_steps),
-            frame_shape=(3, size, size),
+            frame_shape=(obs_space.shape[0] // config.frame_stack, *obs_space.shape[1:]),
             action_dim=action_dim,
             frame_stack=config.frame_stack,
             episode_steps=config.max_episode_steps,
             device=device,
             seed=config.seed,
+            dtype=torch.uint8 if obs_space.dtype == np.uint8 else torch.float32,
         )
-        agent = make_agent(config, 3, action_dim, device)
+        agent = make_agent(config, obs_space.shape, action_dim, device)
         folder = make_run_folder(config)
     except (ConfigError, dmc2gym.EnvError, MemoryError, OSError) as error:
         exit_with(error)
 
     facts = provenance(config, device)
     (folder / "args.json").write_text(json.dumps(facts, indent=2) + "\n")
-    logger = Logger(folder, config.action_repeat, config.num_train_steps, config.save_tb)
-    logger.message(
-        f"{folder}: seed {config.seed}, on {device}, frames drawn by {facts['mujoco_gl']}, "
-        f"replay of {replay.nbytes / 1e9:.2f} GB"
-    )
+    logger = Logger(folder, config)
+    sees = "states" if config.encoder_type == "identity" else f"frames drawn by {facts['mujoco_gl']}"
+    logger.message(f"{folder}: seed {config.seed}, on {device}, {sees}, replay of {replay.nbytes / 1e9:.2f} GB")
     try:
         train(config, env, eval_env, replay, agent, logger, folder)
     except FloatingPointError as error:

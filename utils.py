@@ -60,10 +60,11 @@ def git_commit():
 
 def mlp(input_dim, hidden_dim, output_dim, hidden_layers):
     """Linear layers with a ReLU after each but the last: (..., input_dim) -> (..., output_dim)."""
-    layers = [nn.Linear(input_dim, hidden_dim), nn.ReLU()]
-    for _ in range(hidden_layers - 1):
-        layers += [nn.Linear(hidden_dim, hidden_dim), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(hidden_dim, output_dim))
+    layers = []
+    for _ in range(hidden_layers):
+        layers += [nn.Linear(input_dim, hidden_dim), nn.ReLU()]
+        input_dim = hidden_dim
+    return nn.Sequential(*layers, nn.Linear(input_dim, output_dim))
 
 
 def weight_init(module):
@@ -74,7 +75,7 @@ def weight_init(module):
     if isinstance(module, nn.Linear):
         nn.init.orthogonal_(module.weight)
         nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.zeros_(module.weight)
         middle = module.weight.shape[-1] // 2
         # through a copy: orthogonal_ reshapes in place, which a strided centre tap does not allow
@@ -87,7 +88,9 @@ def weight_init(module):
 @torch.no_grad()
 def soft_update(net, target, tau):
     """EMA step: target <- (1 - tau) * target + tau * net."""
-    torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), tau)
+    targets = list(target.parameters())
+    if targets:  # the identity encoder has none
+        torch._foreach_lerp_(targets, list(net.parameters()), tau)
 
 
 def grad_norm(parameters):

@@ -14,9 +14,9 @@ SMALL = "--encoder_feature_dim 8 --hidden_dim 32 --num_filters 4 --image_size 20
 def small_agent():
     """Factory: flags -> agent with small networks and two actions."""
 
-    def make(flags="", seed=0):
+    def make(flags="", seed=0, obs_shape=(9, 20, 20)):
         torch.manual_seed(seed)
-        return make_agent(parse(f"{SMALL} {flags}".split()), 3, 2, torch.device("cpu"))
+        return make_agent(parse(f"{SMALL} {flags}".split()), obs_shape, 2, torch.device("cpu"))
 
     return make
 

@@ -14,10 +14,7 @@ def matches(window, source, size):
     """Corners at which `window` (C, size, size) stands in `source` (C, H, W)."""
     span = source.shape[-1] - size + 1
     return [
-        (y, x)
-        for y in range(span)
-        for x in range(span)
-        if torch.equal(window, source[:, y : y + size, x : x + size])
+        (y, x) for y in range(span) for x in range(span) if torch.equal(window, source[:, y : y + size, x : x + size])
     ]
 
 

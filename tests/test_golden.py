@@ -36,7 +36,7 @@ def load(module, prefix, renamed=()):
 
 @pytest.fixture
 def agent():
-    agent: SAC = make_agent(parse(FLAGS.split()), 3, 2, torch.device("cpu"))
+    agent: SAC = make_agent(parse(FLAGS.split()), (9, 84, 84), 2, torch.device("cpu"))
     for name, encoder, critic in (
         ("critic", agent.encoder, agent.critic),
         ("critic_target", agent.target_encoder, agent.target_critic),
@@ -104,7 +104,7 @@ def test_cody_parts(agent, batch):
     check(log_std_q, "prior_log_std")
     u = mu_p + log_std_p.exp() * GOLDEN["out/posterior_noise"]
     check(u, "posterior_sample")
-    check(kl_divergence(mu_p, log_std_p, mu_q, log_std_q).mean(), "kl")
+    check(kl_divergence(mu_p, log_std_p, mu_q, log_std_q).sum(-1).mean(), "kl")
     query = cody.predictor(cody.projection(u))
     key = cody.target_predictor(torch.cat([agent.target_encoder(batch.next_obs), batch.reward / 4], dim=1))
     logits = contrastive_logits(query, cody.W, key)

@@ -14,7 +14,11 @@ import time
 
 import imageio.v3 as iio
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from logger import Logger
+from replay_buffer import ReplayBuffer
 
 ROOT = pathlib.Path(__file__).parent.parent
 # 10 decisions an episode
@@ -22,6 +26,8 @@ SMALL = (
     "--action_repeat 100 --batch_size 8 --init_steps 12 --num_train_steps 36 --eval_freq 15 --num_eval_episodes 2 "
     "--log_interval 4 --hidden_dim 32 --num_filters 4 --encoder_feature_dim 8 --seed 3"
 )
+
+STATE = SMALL.replace("--num_filters 4 --encoder_feature_dim 8", "--encoder_type identity")
 
 
 def command(script, flags, work_dir):
@@ -75,6 +81,7 @@ def test_rows(trained):
     logged = (
         "batch_reward critic_loss actor_loss alpha_loss alpha entropy cody_loss info_nce mi_bound "
         "contrastive_accuracy kl posterior_mu posterior_std prior_mu prior_std latent_norm latent_std "
+        "kl_dim_min kl_dim_median kl_dim_max posterior_std_extreme latent_rank encoder_grad_ratio "
         "critic_grad_norm actor_grad_norm auxiliary_grad_norm"
     ).split()
     assert set(logged) <= set(train[1])
@@ -132,10 +139,6 @@ def test_video_plays(trained):
 
 
 def test_saved_buffer_loads(trained):
-    import torch
-
-    from replay_buffer import ReplayBuffer
-
     folder, _ = trained
     replay = ReplayBuffer(100, (3, 84, 84), 1, 3, 10, torch.device("cpu"), 0)
     replay.load(folder / "buffer")
@@ -183,9 +186,93 @@ def test_another_seed_is_another_run(trained, tmp_path):
     assert rows(again, "eval.log")[0]["returns"] != rows(folder, "eval.log")[0]["returns"]
 
 
-def test_random_crop_of_larger_frames(tmp_path):
-    result = run(f"{SMALL} --pre_transform_image_size 100 --frame_stack 2 --detach_encoder", tmp_path)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--pre_transform_image_size 100 --frame_stack 2 --detach_encoder --updates_per_step 2",
+        "--save_video --num_train_steps 60 --encoder_type identity",
+        "--agent sac --encoder_type protorl --image_size 64 --num_layers 2",
+        "--agent sac_ae --save_tb --image_size 64",
+        "--cody_objective published --save_tb",
+    ],
+)
+def test_whole_runs_of_variants(tmp_path, flags):
+    result = run(f"{STATE if 'identity' in flags else SMALL} {flags}", tmp_path)
     assert result.returncode == 0, result.stderr
+    folder = only_run(tmp_path)
+    assert rows(folder, "eval.log")[-1]["step"] == (60 if "60" in flags else 36)
+    last = rows(folder, "train.log")[-1]
+    if "identity" in flags:
+        assert "seed 3, on cpu, states" in result.stdout or "cuda" in result.stdout
+        assert len(list((folder / "video").iterdir())) == 5
+    if "sac_ae" in flags:
+        assert 0 < last["psnr"] < 60 and -1 < last["ssim"] <= 1
+        events = EventAccumulator(str(folder / "tb"), size_guidance={"images": 0})
+        events.Reload()
+        assert "reconstruction" in events.Tags()["images"]
+    if "published" in flags:
+        assert {"temporal_nce", "dynamics_loss", "latent_rank"} <= set(last)
+
+
+def test_updates_per_step(monkeypatch):
+    """Counted in a real loop: every decision from init_steps on makes that many updates, numbered in order."""
+    import train
+    from config import parse
+    from evaluate import eval_seed, make_env
+
+    config = parse(f"{STATE} --updates_per_step 3 --num_train_steps 20".split())
+
+    class Agent:
+        indices = []
+
+        def act(self, obs, sample):
+            return env.action_space.sample()
+
+        def augment(self, batch):
+            return batch
+
+        def update(self, batch, index, detailed):
+            self.indices.append(index)
+            return {"critic_loss": torch.tensor(1.0)}
+
+        def images(self, batch):
+            return {}
+
+        def named_parameters(self):
+            return []
+
+    env, eval_env = make_env(config, 0), make_env(config, eval_seed(config))
+    replay = ReplayBuffer(50, (5,), 1, 1, 10, torch.device("cpu"), 0, torch.float32)
+    logger = Logger(".", config)
+    monkeypatch.setattr(logger, "_row", lambda *args: None)
+    train.train(config, env, eval_env, replay, Agent(), logger, None)
+    assert Agent.indices == list(range(12 * 3, 20 * 3))
+
+
+def test_divergence_is_warned_of_once_per_episode(tmp_path, capsys):
+    from config import parse
+
+    logger = Logger(tmp_path, parse(["--divergence_factor", "5"]))
+
+    def interval(step, kl):
+        logger.record(step, {"kl": torch.tensor(kl), "critic_loss": torch.tensor(1.0)})
+        logger.read()
+
+    for step in range(10):
+        interval(step, 20.0)
+    interval(10, 99.0)  # not yet 5 times the median
+    assert "warning" not in capsys.readouterr().out
+    interval(11, 101.0)
+    assert capsys.readouterr().out == (
+        "warning: kl 101 at step 11 is more than 5 times its running median 20; see docs/troubleshooting.md\n"
+    )
+    interval(12, 1000.0)
+    assert capsys.readouterr().out == ""
+    logger.train_row(13, episode=0, episode_reward=0.0, duration=0.0)
+    capsys.readouterr()
+    interval(14, 1000.0)
+    assert capsys.readouterr().out.startswith("warning: kl 1000 at step 14")
+    logger.close()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The method space of docs/method_space.md on one task: every variant times N seeds, one run after the other.
+#
+#   scripts/ablation.sh                                               cartpole swingup, seeds 0 to 4
+#   TASK=cheetah-run SEEDS="0 1" scripts/ablation.sh --save_tb
+#   ONLY="kl_prior_none sac" scripts/ablation.sh                      some of the variants
+#
+# Each variant has its own folder, runs/ablation/<variant>/. A run whose folder is already there is skipped: remove
+# the folder of a killed run to start it again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+TASK=${TASK:-"cartpole-swingup"}
+SEEDS=${SEEDS:-"0 1 2 3 4"}
+ONLY=${ONLY:-}
+WORK_DIR=${WORK_DIR:-runs/ablation}
+PYTHON=${PYTHON:-.venv/bin/python}
+
+variants() {
+  cat <<'LIST'
+default
+omega_0             --omega_cody_loss 0
+omega_0.1           --omega_cody_loss 0.1
+omega_0.01          --omega_cody_loss 0.01
+omega_1e-4          --omega_cody_loss 1e-4
+omega_1e-5          --omega_cody_loss 1e-5
+kl_prior_none       --kl_prior none
+kl_prior_unit       --kl_prior unit_gaussian
+kl_prior_shared     --kl_prior shared
+kl_encoder_online   --kl_encoder online
+key_encoder_online  --key_encoder online
+no_layer_norm       --no_dynamics_layer_norm
+reward_none         --reward_prediction none
+reward_regression   --reward_prediction regression
+reward_symmetric    --reward_norm symmetric
+reward_raw          --reward_norm none
+action_encoder      --action_encoder
+projection_none     --projection none
+projection_linear   --projection linear
+predictor_3         --predictor_layers 3
+protorl             --encoder_type protorl
+state               --encoder_type identity
+batch_512           --batch_size 512
+small               --hidden_dim 256 --num_filters 16
+published           --cody_objective published
+sac                 --agent sac
+sac_ae              --agent sac_ae
+LIST
+}
+
+variants | while read -r name flags; do
+  if [ -n "$ONLY" ] && [[ " $ONLY " != *" $name "* ]]; then continue; fi
+  for seed in $SEEDS; do
+    if compgen -G "$WORK_DIR/$name/$TASK/*-s$seed" > /dev/null; then
+      echo "skipped: $(compgen -G "$WORK_DIR/$name/$TASK/*-s$seed") is already there"
+      continue
+    fi
+    # shellcheck disable=SC2086  # the flags of a variant are several words
+    "$PYTHON" train.py --domain_name "${TASK%%-*}" --task_name "${TASK#*-}" --seed "$seed" \
+      --work_dir "$WORK_DIR/$name" $flags "$@" < /dev/null
+  done
+done
