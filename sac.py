@@ -91,6 +91,7 @@ class SAC(nn.Module):
         self.actor = Actor(actor_head, latent_dim, action_dim, config.hidden_dim, *std_range)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(config.init_temperature)))
         self.auxiliary = make_auxiliary(latent_dim)
+        self._views = {"obs": "obs", "next_obs": "next_obs", **(self.auxiliary.views if self.auxiliary else {})}
         for module in (self.encoder, self.critic, self.actor):
             module.apply(weight_init)
         # after the initialisation, so that targets start equal to their online networks
@@ -120,17 +121,13 @@ class SAC(nn.Module):
 
     def augment(self, batch):
         """The batch with each observation that is looked at augmented independently."""
-        views = {**(self.auxiliary.views if self.auxiliary else {}), "obs": "obs", "next_obs": "next_obs"}
-        return batch._replace(**{view: self._augment(getattr(batch, source)) for view, source in views.items()})
+        return batch._replace(**{view: self._augment(getattr(batch, source)) for view, source in self._views.items()})
 
     def images(self, batch):
         """Pictures of what the networks see and make of it: {name: (N, 3, H, W)}; none of a state."""
         if batch.obs.dim() != 4:
             return {}
-        seen = {"obs": batch.obs, "next_obs": batch.next_obs}
-        if self.auxiliary:
-            seen.update({view: getattr(batch, view) for view in self.auxiliary.views})
-        images = {f"augmented/{name}": value[:4, -3:] for name, value in seen.items()}  # newest frames
+        images = {f"augmented/{view}": getattr(batch, view)[:4, -3:] for view in self._views}  # newest frames
         if self.auxiliary:
             images.update(self.auxiliary.images(batch, self.encoder))
         return images
