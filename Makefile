@@ -20,13 +20,14 @@ lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-.venv/bin/python:
+.venv/pip:
 	@test -n "$(PYTHON)" || { echo "no Python 3.10, 3.11 or 3.12 found; name one: make PYTHON=/path/to/python" >&2; exit 2; }
-	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	# the pip that old Pythons bring searches for hours among these requirements
 	.venv/bin/python -m pip install --quiet pip==26.3
+	touch $@
 
-.venv/installed: .venv/bin/python requirements.txt
+.venv/installed: .venv/pip requirements.txt
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 

@@ -81,9 +81,9 @@ def latent_metrics(z, detailed):
 
 def effective_rank(z):
     """exp of the entropy of the normalised singular values of the centred batch (B, d); Roy and Vetterli, 2007."""
-    share = torch.linalg.svdvals(z - z.mean(dim=0))
-    share = share / share.sum()
-    return torch.special.entr(share).sum().exp()
+    # svdvals raises on values that are not finite; the loss will say so better
+    singular_values = torch.linalg.svdvals(torch.nan_to_num(z - z.mean(dim=0)))
+    return torch.special.entr(singular_values / singular_values.sum()).sum().exp()
 
 
 def encoder_and_own_groups(config, encoder, own):
@@ -168,7 +168,7 @@ class CoDy(nn.Module):
             noise: epsilon of the posterior sample, (B, d + 1); drawn if None.
 
         Returns:
-            The loss and a dictionary of 0-d metrics.
+            The loss and a dictionary of metrics, 0-d but for `kl_per_dim` (d + 1,).
         """
         c = self.config
         z = encoder.head(features)  # (B, d)
@@ -196,6 +196,8 @@ class CoDy(nn.Module):
             cody_loss = cody_loss + c.omega_cody_loss * kl
             metrics.update(kl=kl, prior_mu=mu_q.mean(), prior_std=log_std_q.exp().mean())
             metrics.update(kl_dim_min=kl_dims.min(), kl_dim_median=kl_dims.median(), kl_dim_max=kl_dims.max())
+            if detailed:
+                metrics["kl_per_dim"] = kl_dims
         if c.reward_prediction == "regression":
             reward_loss = F.mse_loss(self.reward_head(u), reward)
             cody_loss = cody_loss + reward_loss

@@ -131,7 +131,7 @@ class Config:
     cody_lr: float = 1e-4
     """Adam learning rate of CoDy's own networks."""
     omega_cody_loss: float = 1e-3
-    """Weight omega of the KL term (published objective: of its second term) in the CoDy loss."""
+    """Weight omega of the KL term (published objective: of its second term); 0 still computes and logs it."""
     cody_objective: Literal["dynamics_kl", "published"] = "dynamics_kl"
     """InfoNCE with the KL term, or the three terms of the 2022 paper."""
     beta_cody_loss: float = 1.0
@@ -257,6 +257,11 @@ def check(config: Config) -> None:
     )
     require(c.init_steps >= 2, "init_steps", "must be at least 2, to leave a pair of transitions to sample")
     require(
+        c.init_steps < c.num_train_steps,
+        "init_steps",
+        f"must be below --num_train_steps {c.num_train_steps}, or nothing is trained",
+    )
+    require(
         c.batch_size <= c.replay_buffer_capacity,
         "batch_size",
         f"must not exceed what the replay can hold, --replay_buffer_capacity {c.replay_buffer_capacity}",
@@ -276,11 +281,14 @@ def _check_combinations(c: Config) -> None:
     variants = "kl_prior kl_encoder key_encoder dynamics_layer_norm reward_prediction reward_norm action_encoder"
     variants = f"{variants} projection predictor_layers".split()
     decoder = "decoder_lr decoder_update_freq decoder_latent_lambda decoder_weight_lambda".split()
-    pixels = "image_size num_layers num_filters encoder_feature_dim detach_encoder".split()
+    pixels = "image_size num_layers num_filters encoder_feature_dim encoder_lr detach_encoder".split()
     needs = [
-        ([*variants, "cody_objective", "beta_cody_loss"], "--agent cody_sac", c.agent == "cody_sac"),
+        (["cody_objective", "beta_cody_loss", "cody_lr", "omega_cody_loss"], "--agent cody_sac", c.agent == "cody_sac"),
+        (variants, "--agent cody_sac", c.agent == "cody_sac"),
+        (["encoder_lr"], "--agent cody_sac or sac_ae", c.agent != "sac"),
         (variants, "--cody_objective dynamics_kl", c.cody_objective == "dynamics_kl"),
         (["beta_cody_loss"], "--cody_objective published", c.cody_objective == "published"),
+        (["omega_cody_loss"], "a --kl_prior", c.kl_prior != "none"),
         (["kl_encoder"], "--kl_prior learned or shared", c.kl_prior in ("learned", "shared")),
         (["reward_norm"], "--reward_prediction contrastive or regression", c.reward_prediction != "none"),
         (decoder, "--agent sac_ae", c.agent == "sac_ae"),
@@ -297,6 +305,13 @@ def _check_combinations(c: Config) -> None:
         raise ConfigError(
             f"--pre_transform_image_size {c.pre_transform_image_size}: --agent sac_ae has no augmentation, so it must "
             f"be --image_size {c.image_size}"
+        )
+    if c.agent == "sac_ae" and c.image_size < 7:
+        raise ConfigError(f"--image_size {c.image_size}: must be at least 7 for the SSIM of --agent sac_ae")
+    if c.encoder_type == "identity" and c.pre_transform_image_size != c.image_size:
+        raise ConfigError(
+            f"--pre_transform_image_size {c.pre_transform_image_size}: has no effect without "
+            "--encoder_type pixel or protorl"
         )
     if c.encoder_type == "identity" and c.cody_objective == "published":
         raise ConfigError("--cody_objective published: contrasts two augmentations of pixels; identity has none")

@@ -13,7 +13,7 @@ BITS = 5  # pixels are quantised to 2^5 levels
 class Decoder(nn.Module):
     """Latent to pixels: linear, then deconvolutions that mirror the encoder's convolutions.
 
-    (B, latent_dim) -> (B, C, H, W) in [-1/2, 1/2].
+    (B, latent_dim) -> (B, C, H, W), where -1/2 is black and 1/2 is white.
 
     Args:
         obs_shape: (C, H, W), square.

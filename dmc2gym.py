@@ -38,6 +38,7 @@ def select_gl_backend():
     for backend in candidates:
         if _can_draw(backend):
             os.environ["MUJOCO_GL"] = backend
+            os.environ.pop("PYOPENGL_PLATFORM", None)  # as in the probe
             return backend
     packages = " or ".join(f"{DEBIAN_PACKAGES[b]} ({b})" for b in candidates if b in DEBIAN_PACKAGES)
     if not packages:
@@ -138,7 +139,8 @@ class DMCEnv(gymnasium.Env):
             largest = self._env.physics.model.vis.global_
             if height > largest.offheight or width > largest.offwidth:
                 raise EnvError(
-                    f"image of {height}x{width} pixels: the task renders at most {largest.offheight}x{largest.offwidth}"
+                    f"--image_size or --pre_transform_image_size {max(height, width)}: the task renders at most "
+                    f"{largest.offheight}x{largest.offwidth} pixels"
                 )
             shape = (3, height, width) if channels_first else (height, width, 3)
             self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)

@@ -6,6 +6,7 @@ python evaluate.py --run ... --step 10000 --num_eval_episodes 50 --video episode
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Literal
 
@@ -103,9 +104,8 @@ def main():
         args = parse_flags(Args)
         if args.num_eval_episodes < 1:
             raise ConfigError(f"--num_eval_episodes {args.num_eval_episodes}: must be at least 1")
-        if args.video and pathlib.Path(args.video).exists():
-            raise ConfigError(f"--video {args.video}: exists and is not written over")
         if args.video:
+            check_video_path(args.video)
             dmc2gym.select_gl_backend()
         config = load_config(args.run)
         device = choose_device(args.device)
@@ -117,6 +117,17 @@ def main():
     returns = evaluate(env, agent, args.num_eval_episodes, eval_seed(config), args.video)
     row = {"step": step, "env_step": step * config.action_repeat, **summary(returns), "returns": returns}
     print(json.dumps(row))
+
+
+def check_video_path(video):
+    """Raise `ConfigError` unless `video` is a new .mp4 in an existing, writable folder."""
+    path = pathlib.Path(video)
+    if path.suffix != ".mp4":
+        raise ConfigError(f"--video {video}: must end in .mp4")
+    if path.exists():
+        raise ConfigError(f"--video {video}: exists and is not written over")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--video {video}: {path.absolute().parent} is not a folder that can be written to")
 
 
 def summary(returns):

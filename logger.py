@@ -7,6 +7,7 @@ import pathlib
 import statistics
 import sys
 
+import numpy as np
 import torch
 from termcolor import colored
 from torch.utils.tensorboard import SummaryWriter
@@ -42,7 +43,9 @@ class Logger:
         self._action_repeat = config.action_repeat
         self._writer = SummaryWriter(self._folder / "tb") if config.save_tb else None
         self._unread = []  # (step, metrics still on the device)
-        self._means = []  # metrics of the intervals read since the last train row
+        self._means = []  # metrics of the intervals read since the last train row, and their numbers of updates
+        self._last = "none"  # the last metrics read, for the message of a run that stops
+        self._step = 0
         self._divergence_factor = config.divergence_factor
         self._watched = {name: collections.deque(maxlen=MEDIAN_WINDOW) for name in ("kl", "critic_loss")}
         self._warned = False  # in this episode
@@ -50,7 +53,7 @@ class Logger:
         self._bar = tqdm(total=config.num_train_steps, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
 
     def record(self, step, metrics):
-        """Keep an update's metrics (0-d tensors) where they are until `read`."""
+        """Keep an update's metrics (tensors) where they are until `read`."""
         self._unread.append((step, metrics))
 
     def read(self):
@@ -61,30 +64,34 @@ class Logger:
         """
         if not self._unread:
             return
-        steps = {}
-        values = {}
+        columns = {}  # name -> [(step, tensor)]
         for step, metrics in self._unread:
             for name, value in metrics.items():
-                steps.setdefault(name, []).append(step)
-                values.setdefault(name, []).append(value)
-        last_step = self._unread[-1][0]
+                columns.setdefault(name, []).append((step, value))
+        last_step, updates = self._unread[-1][0], len(self._unread)
         self._unread = []
-        columns = {name: torch.stack(v).double().tolist() for name, v in values.items()}
-        bad = [
-            (step, name, value)
-            for name, column in columns.items()
-            if name.endswith("loss")
-            for step, value in zip(steps[name], column, strict=True)
-            if not math.isfinite(value)
-        ]
+        bad, means = [], {}
+        for name, column in columns.items():
+            values = torch.stack([value for _, value in column]).double()
+            means[name] = values.mean(dim=0).tolist()
+            if name.endswith("loss") and not math.isfinite(means[name]):
+                bad += [(s, name, v) for (s, _), v in zip(column, values.tolist(), strict=True) if not math.isfinite(v)]
         if bad:
-            step, name, value = min(bad)
-            last = ", ".join(f"{n} {c[-1]:.6g}" for n, c in columns.items())
-            raise FloatingPointError(f"{name} is {value} at step {step}; last metrics: {last}")
-        means = {name: sum(column) / len(column) for name, column in columns.items()}
-        self._means.append(means)
+            step, name, value = min(bad, key=lambda entry: entry[0])
+            self._last = ", ".join(f"{n} {c[-1][1]:.6g}" for n, c in columns.items() if c[-1][1].dim() == 0)
+            raise FloatingPointError(f"{name} is {value} at step {step}; last metrics: {self._last}")
+        self._last = ", ".join(f"{n} {mean:.6g}" for n, mean in means.items() if isinstance(mean, float))
+        self._means.append((updates, means))
         self._scalars("train", last_step, means)
         self._watch(last_step, means)
+
+    def explain(self, error):
+        """Why a run that raised FloatingPointError stopped: the loss that was not finite, if there was one."""
+        try:
+            self.read()
+        except FloatingPointError as loss:
+            error = loss
+        return error if "last metrics" in str(error) else f"{error} at step {self._step}; last metrics: {self._last}"
 
     def _watch(self, step, means):
         """One plain line per episode when KL or the critic loss has left its usual size."""
@@ -102,9 +109,9 @@ class Logger:
 
     def train_row(self, step, **values):
         """End of a training episode: its values and the means of what was read since the last row."""
-        for name in dict.fromkeys(name for means in self._means for name in means):
-            column = [means[name] for means in self._means if name in means]
-            values[name] = sum(column) / len(column)
+        for name in dict.fromkeys(name for _, means in self._means for name in means):
+            weighted = [(updates, np.array(means[name])) for updates, means in self._means if name in means]
+            values[name] = (sum(n * mean for n, mean in weighted) / sum(n for n, _ in weighted)).tolist()
         self._means = []
         self._warned = False
         self._row("train", step, values, TRAIN_COLUMNS, "yellow")
@@ -130,7 +137,8 @@ class Logger:
 
     def progress(self, step):
         """Move the progress bar to `step`."""
-        self._bar.update(step - self._bar.n)
+        self._bar.update(step - self._step)
+        self._step = step
 
     def message(self, text):
         """A line on the console, above the progress bar."""
@@ -146,14 +154,20 @@ class Logger:
     def _row(self, kind, step, values, columns, colour):
         row = {"step": step, "env_step": step * self._action_repeat, **values}
         with open(self._folder / f"{kind}.log", "a") as log:
-            log.write(json.dumps(row) + "\n")
+            log.write(json.dumps({name: _finite_or_null(value) for name, value in row.items()}) + "\n")
         cells = [f"{label}: {_cell(name, row[name])}" for name, label in columns.items() if name in row]
         self.message(" | ".join([colored(f"| {kind:5}", colour), *cells]))
 
     def _scalars(self, kind, step, values):
         if self._writer:
             for name, value in values.items():
-                self._writer.add_scalar(f"{kind}/{name}", value, step * self._action_repeat)
+                add = self._writer.add_histogram if isinstance(value, list) else self._writer.add_scalar
+                add(f"{kind}/{name}", np.array(value), step * self._action_repeat)
+
+
+def _finite_or_null(value):
+    """JSON has no NaN; a diagnostic that is undefined, such as the rank of a constant latent, is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(name, value):

@@ -55,6 +55,7 @@ class ReplayBuffer:
         self.device = device
         self._rng = np.random.default_rng(seed)
         self._stream = 0  # frames written since the start
+        self._first = 0  # first of them that was stored; not 0 after `load` of a part
         self._saved = 0  # frames written to disk by `save`
 
         size = self.slots * int(np.prod(frame_shape)) * dtype.itemsize
@@ -104,7 +105,7 @@ class ReplayBuffer:
 
     @property
     def _oldest(self):
-        return max(0, self._stream - self.slots)
+        return max(self._first, self._stream - self.slots)
 
     def _is_legal(self, positions):
         """Whether o_{t-1} to o_{t+1} of each position t are of one episode and all their frames are still there."""
@@ -187,6 +188,8 @@ class ReplayBuffer:
         for chunk in sorted(pathlib.Path(folder).glob("*_*.npz")):
             arrays = np.load(chunk)
             first, last = map(int, chunk.stem.split("_"))
+            if first != self._stream:  # what lay between was overwritten before it was saved
+                self._first = first
             for name in ("frames", "actions", "rewards", "not_dones", "ages", "finals"):
                 values = arrays[name][-self.slots :]
                 slots = np.arange(last - len(values), last) % self.slots

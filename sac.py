@@ -13,6 +13,7 @@ auxiliary is a module with
 import copy
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -113,11 +114,25 @@ class SAC(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, sample):
-        """Action (|A|,) float32 in [-1, 1] for one observation (C, H, W) uint8: sampled, or tanh of the mean."""
+        """Action for one observation: sampled, or tanh of the mean.
+
+        Args:
+            obs: (C, H, W) uint8, or (n,) float32 of a state.
+            sample: whether to sample.
+
+        Returns:
+            (|A|,) float32 in [-1, 1].
+
+        Raises:
+            FloatingPointError: the policy has diverged and gives no finite action, which would break the physics.
+        """
         obs = self._crop(torch.as_tensor(obs, device=self.device)[None])
         mu, log_std = self.actor(self.encoder.convs(obs))
         action = squashed_sample(mu, log_std, torch.randn_like(mu))[0] if sample else torch.tanh(mu)
-        return action[0].cpu().numpy()
+        action = action[0].cpu().numpy()
+        if not np.isfinite(action).all():
+            raise FloatingPointError(f"the policy's action is {action}")
+        return action
 
     def augment(self, batch):
         """The batch with each observation that is looked at augmented independently."""
@@ -203,13 +218,14 @@ class SAC(nn.Module):
         actor_loss = (alpha.detach() * log_pi - torch.min(*self.critic(z, pi))).mean()
         norm = self._step(self.actor_optimizer, actor_loss)
         alpha_loss = (alpha * (-log_pi - self.target_entropy).detach()).mean()
-        self._step(self.alpha_optimizer, alpha_loss)
+        alpha_norm = self._step(self.alpha_optimizer, alpha_loss)
         return {
             "actor_loss": actor_loss,
             "alpha_loss": alpha_loss,
             "alpha": alpha,
             "entropy": -log_pi.mean(),
             "actor_grad_norm": norm,
+            "alpha_grad_norm": alpha_norm,
         }
 
     def _update_auxiliary(self, batch, features, detailed):

@@ -39,16 +39,14 @@ def train(config, env, eval_env, replay, agent, logger, folder):
     for step in range(config.num_train_steps):
         # try to evaluate
         if step % config.eval_freq == 0:
-            run_evaluation(config, eval_env, replay, agent, logger, folder, step, episode)
+            seconds = run_evaluation(config, eval_env, replay, agent, logger, folder, step, episode)
+            episode_start += seconds  # the training episode stood still meanwhile
 
         # choose an action
         if step < config.init_steps:
             action = env.action_space.sample()
         else:
             action = agent.act(obs, sample=True)
-            if not np.isfinite(action).all():
-                logger.read()  # names the loss, if it was one
-                raise FloatingPointError(f"the policy's action is {action} at step {step}")
 
         # gradient updates; they never see the transition being made
         if step >= config.init_steps:
@@ -59,6 +57,7 @@ def train(config, env, eval_env, replay, agent, logger, folder):
             if time_to_log:
                 logger.read()
             if step % config.eval_freq == 0:
+                logger.read()
                 logger.media(step, agent.images(batch), agent.named_parameters())
 
         # take env step
@@ -77,20 +76,22 @@ def train(config, env, eval_env, replay, agent, logger, folder):
             replay.begin_episode(obs)
             episode_reward, episode_start = 0.0, time.time()
 
+    logger.read()
     run_evaluation(config, eval_env, replay, agent, logger, folder, config.num_train_steps, episode)
 
 
 def run_evaluation(config, eval_env, replay, agent, logger, folder, step, episode):
-    """Evaluate the policy after `step` decisions and save what the flags ask for."""
-    logger.read()  # a run that is no longer finite stops here, not in the physics
+    """Evaluate the policy after `step` decisions and save what the flags ask for; returns the seconds it took."""
     start = time.time()
     video = folder / "video" / f"{step}.mp4" if config.save_video else None
     returns = evaluate(eval_env, agent, config.num_eval_episodes, eval_seed(config), video)
-    logger.eval_row(step, episode=episode, **summary(returns), returns=returns, duration=time.time() - start)
+    seconds = time.time() - start
+    logger.eval_row(step, episode=episode, **summary(returns), returns=returns, duration=seconds)
     if config.save_model:
         save_model(agent, folder / "model", step)
     if config.save_buffer:
         replay.save(folder / "buffer")
+    return seconds
 
 
 def check_work_dir(work_dir):
@@ -173,7 +174,7 @@ def main():
     try:
         train(config, env, eval_env, replay, agent, logger, folder)
     except FloatingPointError as error:
-        sys.exit(f"{folder}: stopped: {error}")
+        sys.exit(f"{folder}: stopped: {logger.explain(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

@@ -39,8 +39,10 @@ def available_memory():
     group = pathlib.Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())  # "max" where there is no limit
-        available = min(available, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
+        used = int((group / "memory.current").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        available = min(available, limit - used + int(statistics["inactive_file"]))  # file cache is given back
+    except (OSError, ValueError, KeyError):
         pass
     return available
 

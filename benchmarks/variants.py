@@ -23,6 +23,7 @@ import torch  # noqa: E402
 
 from agent import make_agent  # noqa: E402
 from config import ConfigError, exit_with, parse, parse_flags  # noqa: E402
+from dmc2gym import EnvError  # noqa: E402
 from evaluate import choose_device, make_env  # noqa: E402
 from replay_buffer import ReplayBuffer  # noqa: E402
 from utils import keep_freed_memory, seed_everything  # noqa: E402
@@ -97,24 +98,25 @@ def main():
     try:
         args = parse_flags(Args)
         device = choose_device("auto")
-        domain, task = args.task.split("-")
+        domain, _, task = args.task.partition("-")
         chosen = {name: flags for name, flags in variants().items() if not args.only or name in args.only.split()}
         chosen = {"default": [], **chosen, "default again": []}
         configs = {
             name: parse(["--domain_name", domain, "--task_name", task, "--batch_size", str(args.batch_size), *flags])
             for name, flags in chosen.items()
         }
-    except ConfigError as error:
+        obs_of = {}  # whether states are observed -> replay, shape of observations, |A|
+        for config in configs.values():
+            states = config.encoder_type == "identity"
+            obs_of[states] = obs_of.get(states) or filled_replay(config, 500, device)
+    except (ConfigError, EnvError) as error:
         exit_with(error)
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     print(f"{args.task}, batch {args.batch_size}, {args.updates} updates, {device}, commit {commit.strip()}")
     print(f"{'variant':20} {'parameters':>12} {'ms/update':>10} {'ratio':>6}  losses after the last update")
-    replays, rows = {}, {}
+    rows = {}
     for name, config in configs.items():
-        observed = config.encoder_type == "identity"
-        if observed not in replays:
-            replays[observed] = filled_replay(config, 500, device)
-        row = rows[name] = measure(config, *replays[observed], args.updates, device)
+        row = rows[name] = measure(config, *obs_of[config.encoder_type == "identity"], args.updates, device)
         row["ratio"] = row["ms"] / rows["default"]["ms"]
         losses = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key.endswith("loss"))
         print(f"{name:20} {row['parameters']:12,} {row['ms']:10.1f} {row['ratio']:6.2f}  {losses}", flush=True)

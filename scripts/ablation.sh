@@ -6,7 +6,7 @@
 #   ONLY="kl_prior_none sac" scripts/ablation.sh                      some of the variants
 #
 # Each variant has its own folder, runs/ablation/<variant>/. A run whose folder is already there is skipped: remove
-# the folder of a killed run to start it again.
+# the folder of a killed run to start it again, and give runs with other flags another WORK_DIR.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,6 +15,11 @@ SEEDS=${SEEDS:-"0 1 2 3 4"}
 ONLY=${ONLY:-}
 WORK_DIR=${WORK_DIR:-runs/ablation}
 PYTHON=${PYTHON:-.venv/bin/python}
+
+failed() { # a run that diverged is a result: go on, but not after Ctrl-C
+  if [ "$1" -eq 130 ]; then exit 130; fi
+  echo "failed with exit code $1: $2" >&2
+}
 
 variants() {
   cat <<'LIST'
@@ -57,6 +62,6 @@ variants | while read -r name flags; do
     fi
     # shellcheck disable=SC2086  # the flags of a variant are several words
     "$PYTHON" train.py --domain_name "${TASK%%-*}" --task_name "${TASK#*-}" --seed "$seed" \
-      --work_dir "$WORK_DIR/$name" $flags "$@" < /dev/null
+      --work_dir "$WORK_DIR/$name" $flags "$@" < /dev/null || failed $? "$name, seed $seed"
   done
 done

@@ -1,6 +1,8 @@
 """Flags: published names and defaults, the task table, and one clear line for each value that cannot work."""
 
 import dataclasses
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -85,6 +87,7 @@ def test_tasks_outside_the_table_and_other_repeats():
             "--action_repeat 1000: must be below the 1000 steps of an episode, so that it has two decisions or more",
         ),
         ("--actor_log_std_min 3", "--actor_log_std_min 3.0: must be below --actor_log_std_max 2.0"),
+        ("--num_train_steps 500", "--init_steps 1000: must be below --num_train_steps 500, or nothing is trained"),
         ("--num_train_steps 0", "--num_train_steps 0: must be at least 1"),
     ],
 )
@@ -106,8 +109,12 @@ def test_smallest_images_that_pass_give_one_output_pixel():
 def test_help_explains_every_flag():
     run = subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, text=True)
     assert run.returncode == 0
+    words = " ".join(run.stdout.replace("│", " ").split())
     for field in dataclasses.fields(Config):
-        assert f"--{field.name}" in run.stdout
+        # the flag, perhaps its --no_ form and its values, then words before the default
+        assert re.search(rf"--{field.name}\b[^()]* [a-zA-Z][^()]* [a-z]", words), field.name
+    documented = len(re.findall(r'\n    """[A-Z0-9-]', pathlib.Path("config.py").read_text().split("class Config:")[1]))
+    assert documented >= len(dataclasses.fields(Config))
 
 
 def test_config_imports_without_torch():

@@ -113,7 +113,7 @@ def test_other_arguments():
     assert [env.step(np.zeros(1))[3] for _ in range(3)] == [False, False, True]
     with pytest.raises(dmc2gym.EnvError, match="visualize_reward"):
         dmc2gym.make("cartpole", "swingup", from_pixels=True, visualize_reward=True)
-    with pytest.raises(dmc2gym.EnvError, match="5000x84 pixels: the task renders at most 480x640"):
+    with pytest.raises(dmc2gym.EnvError, match="5000: the task renders at most 480x640 pixels"):
         dmc2gym.make("cartpole", "swingup", from_pixels=True, height=5000)
 
 
@@ -144,7 +144,10 @@ def test_unknown_task_lists_the_nearest(domain, task, nearest):
 def backend_in_a_new_process(**environment):
     code = (
         "import dmc2gym\n"
-        "try: print(dmc2gym.select_gl_backend())\n"
+        "try:\n"
+        "    backend = dmc2gym.select_gl_backend()\n"
+        "    assert dmc2gym.make('cartpole', 'swingup', from_pixels=True).reset()[0].any()\n"
+        "    print(backend)\n"
         "except dmc2gym.EnvError as error: print('error:', error)"
     )
     env = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
@@ -154,14 +157,13 @@ def backend_in_a_new_process(**environment):
 
 
 def test_rendering_backend():
-    assert backend_in_a_new_process() in ("egl", "osmesa")
-    assert backend_in_a_new_process(MUJOCO_GL="egl") in ("egl", dmc2gym_egl_error)
+    usable = dmc2gym.select_gl_backend()  # what these tests draw with
+    assert backend_in_a_new_process() == usable
+    assert backend_in_a_new_process(MUJOCO_GL=usable) == usable
+    assert backend_in_a_new_process(PYOPENGL_PLATFORM="other") == usable
     assert backend_in_a_new_process(MUJOCO_GL="magic") == (
         "error: MUJOCO_GL=magic: cannot render; use one of egl, osmesa, glfw"
     )
-
-
-dmc2gym_egl_error = "error: MUJOCO_GL=egl: cannot render; install the Debian packages libegl1 libgl1-mesa-dri (egl)"
 
 
 def test_no_usable_backend_names_the_packages(monkeypatch):

@@ -283,7 +283,7 @@ def test_protorl_encoder(small_agent, random_batch):
     actor_latent = torch.tanh(norm(head.ln, h.flatten(1) @ head.fc.weight.T + head.fc.bias))
     torch.testing.assert_close(agent.actor(h.flatten(1))[0], run(agent.actor.trunk, actor_latent)[:, :A])
     metrics = agent.update(batch, 0)
-    assert all(torch.isfinite(v) for v in metrics.values())
+    assert all(torch.isfinite(v).all() for v in metrics.values())
 
 
 def test_identity_encoder(small_agent):
@@ -296,7 +296,7 @@ def test_identity_encoder(small_agent):
     assert all(torch.equal(a, b) for a, b in zip(augmented[:7], batch[:7], strict=True))
     for index in range(3):
         metrics = agent.update(batch, index, detailed=True)
-    assert all(torch.isfinite(v) for v in metrics.values())
+    assert all(torch.isfinite(v).all() for v in metrics.values())
     assert agent.images(batch) == {}
 
 
@@ -356,9 +356,13 @@ def test_diagnostics(small_agent, random_batch):
     expected = math.exp(-(share * share.log()).sum())
     assert math.isclose(effective_rank(orthonormal * s).item(), expected, rel_tol=1e-4)
 
+    assert effective_rank(torch.full((8, 4), float("nan"))).isnan()  # and does not raise
+
     agent, batch = prepared(small_agent, ""), random_batch(B)
     features = agent.encoder.convs(batch.obs)
     _, metrics = agent.auxiliary.loss(batch, features, agent.encoder, agent.target_encoder, detailed=True)
+    assert metrics["kl_per_dim"].shape == (U,)
+    torch.testing.assert_close(metrics["kl_per_dim"].sum(), metrics["kl"])
     p = gaussian(agent.auxiliary.posterior, agent.encoder(batch.obs), batch.action, True)
     q = gaussian(agent.auxiliary.prior, agent.target_encoder(batch.obs_prev), batch.action_prev, True)
     dims = kl_divergence(p, q).mean(0)
@@ -388,6 +392,17 @@ def test_diagnostics(small_agent, random_batch):
         (
             "--cody_objective published --predictor_layers 3",
             "--predictor_layers 3: has no effect without --cody_objective dynamics_kl",
+        ),
+        ("--agent sac --omega_cody_loss 0.1", "--omega_cody_loss 0.1: has no effect without --agent cody_sac"),
+        ("--agent sac --encoder_lr 0.1", "--encoder_lr 0.1: has no effect without --agent cody_sac or sac_ae"),
+        ("--kl_prior none --omega_cody_loss 0.1", "--omega_cody_loss 0.1: has no effect without a --kl_prior"),
+        (
+            "--encoder_type identity --pre_transform_image_size 100",
+            "--pre_transform_image_size 100: has no effect without --encoder_type pixel or protorl",
+        ),
+        (
+            "--agent sac_ae --image_size 5 --num_layers 1",
+            "--image_size 5: must be at least 7 for the SSIM of --agent sac_ae",
         ),
         ("--beta_cody_loss 2", "--beta_cody_loss 2.0: has no effect without --cody_objective published"),
         (
