@@ -11,7 +11,7 @@ ARGS ?=
 .PHONY: train test lint
 
 train: .venv/installed
-	.venv/bin/python train.py --save_tb --save_video --save_model $(ARGS)
+	.venv/bin/python train.py --save_tb --save_video $(ARGS)
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest $(ARGS)
