@@ -108,7 +108,7 @@ def main():
         obs_of = {}  # whether states are observed -> replay, shape of observations, |A|
         for config in configs.values():
             states = config.encoder_type == "identity"
-            obs_of[states] = obs_of.get(states) or filled_replay(config, 500, device)
+            obs_of[states] = obs_of.get(states) or filled_replay(config, 200, device)
     except (ConfigError, EnvError) as error:
         exit_with(error)
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
