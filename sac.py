@@ -92,7 +92,7 @@ class SAC(nn.Module):
         self.actor = Actor(actor_head, latent_dim, action_dim, config.hidden_dim, *std_range)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(config.init_temperature)))
         self.auxiliary = make_auxiliary(latent_dim)
-        self._views = {"obs": "obs", "next_obs": "next_obs", **(self.auxiliary.views if self.auxiliary else {})}
+        self._views = {**(self.auxiliary.views if self.auxiliary else {}), "obs": "obs", "next_obs": "next_obs"}
         for module in (self.encoder, self.critic, self.actor):
             module.apply(weight_init)
         # after the initialisation, so that targets start equal to their online networks

@@ -125,7 +125,7 @@ def test_tensorboard(trained):
     tags = events.Tags()
     assert {"train/critic_loss", "train/kl", "train/episode_reward", "eval/episode_reward"} <= set(tags["scalars"])
     assert [e.step for e in events.Scalars("eval/episode_reward")] == [0, 1500, 3000, 3600]
-    assert tags["images"] == ["augmented/obs", "augmented/next_obs", "augmented/obs_prev"]
+    assert tags["images"] == ["augmented/obs_prev", "augmented/obs", "augmented/next_obs"]
     assert "parameters/encoder.convs.convs.0.weight" in tags["histograms"]
 
 
