@@ -107,7 +107,10 @@ def check_work_dir(work_dir):
 def make_run_folder(config):
     """A new folder <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/, numbered if that name is taken."""
     parent = pathlib.Path(config.work_dir) / f"{config.domain_name}-{config.task_name}"
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # what check_work_dir cannot see, such as a file system that takes no folders
+        raise ConfigError(f"--work_dir {config.work_dir}: {error}") from None
     name = f"{config.agent}-{time.strftime('%Y%m%d-%H%M%S')}-s{config.seed}"
     number = 1
     while True:

@@ -316,6 +316,9 @@ def test_unwritable_work_dir(tmp_path):
     expected = f"train.py: error: --work_dir {tmp_path}/file/runs: {tmp_path}/file is not a folder\n"
     assert (result.returncode, result.stderr) == (2, expected)
     assert (tmp_path / "file").read_text() == ""
+    result = run(SMALL, "/proc/runs")  # root may write there, and still cannot
+    assert result.returncode == 2 and result.stderr.startswith("train.py: error: --work_dir /proc/runs: ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_an_existing_run_is_not_written_over(tmp_path, monkeypatch):
