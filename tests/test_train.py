@@ -379,7 +379,12 @@ def test_benchmark_of_variants(tmp_path):
 
 
 def test_a_killed_run_leaves_whole_logs(tmp_path):
-    process = subprocess.Popen(command("train.py", SMALL.replace("36", "100000"), tmp_path), stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command("train.py", SMALL.replace("36", "100000"), tmp_path),
+        stdout=subprocess.PIPE,
+        # a test suite started in the background ignores Ctrl-C, and its children would
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not process.stdout.readline().startswith(b"| train"):
         pass
     process.send_signal(signal.SIGINT)
