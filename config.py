@@ -262,9 +262,10 @@ def check(config: Config) -> None:
         f"must be below --num_train_steps {c.num_train_steps}, or nothing is trained",
     )
     require(
-        c.batch_size <= c.replay_buffer_capacity,
+        c.batch_size <= min(c.replay_buffer_capacity, c.num_train_steps),
         "batch_size",
-        f"must not exceed what the replay can hold, --replay_buffer_capacity {c.replay_buffer_capacity}",
+        f"must not exceed what the replay can hold, --replay_buffer_capacity {c.replay_buffer_capacity} "
+        f"or --num_train_steps {c.num_train_steps} if that is less",
     )
     smallest = c.frame_stack + 5
     require(

@@ -87,6 +87,7 @@ def test_tasks_outside_the_table_and_other_repeats():
             "--action_repeat 1000: must be below the 1000 steps of an episode, so that it has two decisions or more",
         ),
         ("--actor_log_std_min 3", "--actor_log_std_min 3.0: must be below --actor_log_std_max 2.0"),
+        ("--num_train_steps 1100 --batch_size 1200", "--batch_size 1200: must not exceed what the replay can hold"),
         ("--num_train_steps 500", "--init_steps 1000: must be below --num_train_steps 500, or nothing is trained"),
         ("--num_train_steps 0", "--num_train_steps 0: must be at least 1"),
     ],
