@@ -86,15 +86,27 @@ def effective_rank(z):
     return torch.special.entr(singular_values / singular_values.sum()).sum().exp()
 
 
-def encoder_and_own_groups(config, encoder, own):
-    """The released code steps the encoder with two Adams on this gradient; one at the summed rate is the same."""
-    return [
-        {"params": list(encoder.parameters()), "lr": config.encoder_lr + config.cody_lr},
-        {"params": [p for p in own.parameters() if p.requires_grad], "lr": config.cody_lr},
-    ]
+class _Auxiliary(nn.Module):
+    """What both objectives have in common.
+
+    The released code steps the encoder with two Adams on the same gradient; one at the summed rate is the same.
+    """
+
+    update_freq = 1
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder_lr = config.encoder_lr + config.cody_lr
+
+    def parameter_groups(self):
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": self.config.cody_lr}]
+
+    def images(self, batch, encoder):
+        return {}
 
 
-class CoDy(nn.Module):
+class CoDy(_Auxiliary):
     """InfoNCE + omega * KL; the flags choose its parts here, at construction.
 
     Args:
@@ -103,11 +115,9 @@ class CoDy(nn.Module):
         action_dim: |A|.
     """
 
-    update_freq = 1
-
     def __init__(self, config, latent_dim, action_dim):
-        super().__init__()
-        c = self.config = config
+        super().__init__(config)
+        c = config
         d, hidden_dim = latent_dim, c.hidden_dim
         u_dim = d + (c.reward_prediction == "contrastive")
         self.action_encoder = action_code(action_dim) if c.action_encoder else nn.Identity()
@@ -141,15 +151,9 @@ class CoDy(nn.Module):
         self.apply(weight_init)
         self.target_predictor = copy.deepcopy(self.predictor).requires_grad_(False)
 
-    def parameter_groups(self, encoder):
-        return encoder_and_own_groups(self.config, encoder, self)
-
     def update_targets(self):
         """EMA step of the target predictor."""
         soft_update(self.predictor, self.target_predictor, self.config.encoder_tau)
-
-    def images(self, batch, encoder):
-        return {}
 
     def _dynamics_prior(self, batch, encoders):
         """q(u | z_bar_{t-1}, a_{t-1}): gradient to its weights, none to the encoder."""
@@ -157,12 +161,12 @@ class CoDy(nn.Module):
             z_bar_prev = encoders[self.config.kl_encoder](batch.obs_prev)
         return self.prior(z_bar_prev, self.action_encoder(batch.action_prev))
 
-    def loss(self, batch, features, encoder, target_encoder, *, detailed=False, noise=None):
+    def loss(self, batch, z, encoder, target_encoder, *, detailed=False, noise=None):
         """InfoNCE + omega * KL.
 
         Args:
             batch: `Batch` of B pairs, augmented.
-            features: conv features of `batch.obs`, (B, feature_dim), with gradient.
+            z: latents of `batch.obs`, (B, d), with gradient.
             encoder, target_encoder: f and its EMA.
             detailed: also the metrics that cost something.
             noise: epsilon of the posterior sample, (B, d + 1); drawn if None.
@@ -171,7 +175,6 @@ class CoDy(nn.Module):
             The loss and a dictionary of metrics, 0-d but for `kl_per_dim` (d + 1,).
         """
         c = self.config
-        z = encoder.head(features)  # (B, d)
         mu_p, log_std_p = self.posterior(z, self.action_encoder(batch.action))  # (B, d + 1)
         noise = torch.randn_like(mu_p) if noise is None else noise
         u = mu_p + log_std_p.exp() * noise
@@ -208,18 +211,16 @@ class CoDy(nn.Module):
         return cody_loss, metrics
 
 
-class PublishedCoDy(nn.Module):
+class PublishedCoDy(_Auxiliary):
     """The objective of the 2022 paper: L1 + omega * L2 + beta * L3; see docs/algorithm.md.
 
     Args as for `CoDy`.
     """
 
-    update_freq = 1
     views = {"second_obs": "obs"}
 
     def __init__(self, config, latent_dim, action_dim):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         d = latent_dim
         self.action_encoder = action_code(action_dim)
         self.dynamics = nn.Sequential(mlp(d + 16, config.hidden_dim, d, hidden_layers=2), nn.LayerNorm(d))
@@ -229,20 +230,13 @@ class PublishedCoDy(nn.Module):
         self.target_action_encoder = copy.deepcopy(self.action_encoder).requires_grad_(False)
         self.target_dynamics = copy.deepcopy(self.dynamics).requires_grad_(False)
 
-    def parameter_groups(self, encoder):
-        return encoder_and_own_groups(self.config, encoder, self)
-
     def update_targets(self):
         """EMA step of the target action code and the target dynamics."""
         soft_update(self.action_encoder, self.target_action_encoder, PUBLISHED_TAU)
         soft_update(self.dynamics, self.target_dynamics, PUBLISHED_TAU)
 
-    def images(self, batch, encoder):
-        return {}
-
-    def loss(self, batch, features, encoder, target_encoder, *, detailed=False):
+    def loss(self, batch, z, encoder, target_encoder, *, detailed=False):
         """As `CoDy.loss`; `batch.obs` and `batch.second_obs` are two augmentations of o_t."""
-        z = encoder.head(features)  # (B, d)
         code = self.action_encoder(batch.action)  # (B, 16)
         prediction = self.dynamics(torch.cat([z, code], dim=-1))  # (B, d)
         with torch.no_grad():

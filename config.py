@@ -74,6 +74,19 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks run; auto is cuda when there is one."""
 
+    # speed
+    update_mode: Literal["sequential", "joint"] = "sequential"
+    """sequential: critic and CoDy step the encoder one after the other. joint: one forward of o_t and one backward
+    through the encoder for both losses, one Adam at encoder_lr; the actor reuses the features."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the convolutions; parameters, heads and losses are float32 either way."""
+    compile: bool = False
+    """torch.compile the networks and losses; the first updates are slow."""
+    replay_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the replay's frames lie; auto is with the networks where they take less than half of the free memory."""
+    env_worker: bool = True
+    """Step the environment in a worker while the update runs; the results are the same."""
+
     # evaluation
     eval_freq: int | None = None
     """Decisions between evaluations. None: the task table's value, else 10,000 environment steps."""
@@ -283,10 +296,12 @@ def _check_combinations(c: Config) -> None:
     variants = f"{variants} projection predictor_layers".split()
     decoder = "decoder_lr decoder_update_freq decoder_latent_lambda decoder_weight_lambda".split()
     pixels = "image_size num_layers num_filters encoder_feature_dim encoder_lr detach_encoder".split()
+    pixels += ["precision", "update_mode"]
+    steps_encoder = c.agent != "sac" or c.update_mode == "joint"
     needs = [
         (["cody_objective", "beta_cody_loss", "cody_lr", "omega_cody_loss"], "--agent cody_sac", c.agent == "cody_sac"),
         (variants, "--agent cody_sac", c.agent == "cody_sac"),
-        (["encoder_lr"], "--agent cody_sac or sac_ae", c.agent != "sac"),
+        (["encoder_lr"], "--agent cody_sac, --agent sac_ae or --update_mode joint", steps_encoder),
         (variants, "--cody_objective dynamics_kl", c.cody_objective == "dynamics_kl"),
         (["beta_cody_loss"], "--cody_objective published", c.cody_objective == "published"),
         (["omega_cody_loss"], "a --kl_prior", c.kl_prior != "none"),

@@ -62,22 +62,19 @@ class Reconstruction(nn.Module):
         super().__init__()
         self.config = config
         self.update_freq = config.decoder_update_freq
+        self.encoder_lr = config.encoder_lr
         self.decoder = Decoder(obs_shape, latent_dim, config.num_layers, config.num_filters)
         self.apply(weight_init)
 
-    def parameter_groups(self, encoder):
+    def parameter_groups(self):
         c = self.config
-        return [
-            {"params": list(encoder.parameters()), "lr": c.encoder_lr},
-            {"params": list(self.parameters()), "lr": c.decoder_lr, "weight_decay": c.decoder_weight_lambda},
-        ]
+        return [{"params": list(self.parameters()), "lr": c.decoder_lr, "weight_decay": c.decoder_weight_lambda}]
 
     def update_targets(self):
         """It has none."""
 
-    def loss(self, batch, features, encoder, target_encoder, *, detailed=False):
+    def loss(self, batch, z, encoder, target_encoder, *, detailed=False):
         """As in cody.py; detailed adds PSNR (dB) and SSIM of eight reconstructions."""
-        z = encoder.head(features)
         reconstruction = self.decoder(z)
         noise = torch.rand(batch.obs.shape, device=batch.obs.device)
         reconstruction_loss = F.mse_loss(reconstruction, quantise(batch.obs, noise))

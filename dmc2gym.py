@@ -193,6 +193,8 @@ class DMCEnv(gymnasium.Env):
             height or self._height, width or self._width, self._camera_id if camera_id is None else camera_id
         )
 
+    draw = render  # a name that Gymnasium's wrappers do not take, so that they pass its arguments on
+
     def _observe(self, time_step):
         if not self._from_pixels:
             return np.concatenate([np.ravel(v) for v in time_step.observation.values()]).astype(np.float64)

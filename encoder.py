@@ -7,34 +7,42 @@ An encoder is two modules, `convs` and `head`, because actor and critic share th
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
 class ConvNet(nn.Module):
     """Pixels to flat conv features: 3x3 convolutions with strides 2, 1, 1, ..., a ReLU after each.
 
+    Weights and features are channels-last, the layout in which CPUs and GPUs convolve fastest.
+
     Args:
         obs_shape: (C, H, W) of the observation.
         num_layers, num_filters: of the convolutions.
         offset: subtracted from the pixels after scaling to [0, 1].
+        dtype: in which to convolve; parameters and results are float32.
     """
 
-    def __init__(self, obs_shape, num_layers, num_filters, offset=0.0):
+    def __init__(self, obs_shape, num_layers, num_filters, offset=0.0, dtype=torch.float32):
         super().__init__()
         channels = [obs_shape[0]] + num_layers * [num_filters]
-        self.convs = nn.ModuleList(
+        self.layers = nn.ModuleList(
             nn.Conv2d(channels[i], channels[i + 1], 3, stride=2 if i == 0 else 1) for i in range(num_layers)
-        )
-        self.offset = offset
+        ).to(memory_format=torch.channels_last)
+        self.offset, self.dtype = offset, dtype
         with torch.no_grad():
             self.feature_dim = self(torch.zeros(1, *obs_shape, dtype=torch.uint8)).shape[1]
 
     def forward(self, obs):
-        """(B, C, H, W) uint8 -> (B, feature_dim) float32."""
-        h = obs.float() / 255 - self.offset  # (B, C, H, W)
-        for conv in self.convs:
-            h = torch.relu(conv(h))
-        return h.flatten(1)
+        """(B, C, H, W) uint8 -> (B, feature_dim) float32, in the order (H, W, C)."""
+        h = obs.to(self.dtype, memory_format=torch.channels_last)  # integers up to 255 are exact also in bfloat16
+        for i, layer in enumerate(self.layers):
+            weight, bias = layer.weight, layer.bias
+            if i == 0:  # scale and shift the few weights instead of the many pixels
+                weight = weight / 255
+                bias = bias - self.offset * layer.weight.sum(dim=(1, 2, 3))
+            h = F.conv2d(h, weight.to(self.dtype), bias.to(self.dtype), layer.stride).relu_()
+        return h.permute(0, 2, 3, 1).flatten(1).float()
 
 
 class LatentHead(nn.Module):
@@ -62,6 +70,31 @@ class Encoder(nn.Module):
         return self.head(self.convs(obs))
 
 
+class Remembering:
+    """An encoder, without gradient, that computes the conv features of each observation tensor once.
+
+    Right for as long as its parameters stand still: make a new one after each of their steps.
+    """
+
+    def __init__(self, encoder):
+        self._encoder = encoder
+        self._seen = []  # (observations, their features)
+
+    @torch.no_grad()
+    def convs(self, obs):
+        """As `Encoder.convs`."""
+        for known, features in self._seen:
+            if known is obs:
+                return features
+        self._seen.append((obs, self._encoder.convs(obs)))
+        return self._seen[-1][1]
+
+    @torch.no_grad()
+    def __call__(self, obs):
+        """As `Encoder.forward`."""
+        return self._encoder.head(self.convs(obs))
+
+
 class EncoderParts(NamedTuple):
     """What `--encoder_type` decides."""
 
@@ -75,8 +108,13 @@ def make_encoder(config, obs_shape):
     return {"pixel": _pixel, "protorl": _protorl, "identity": _identity}[config.encoder_type](config, obs_shape)
 
 
+def _convs(config, obs_shape, offset=0.0):
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    return ConvNet(obs_shape, config.num_layers, config.num_filters, offset, dtype)
+
+
 def _pixel(config, obs_shape):
-    convs = ConvNet(obs_shape, config.num_layers, config.num_filters)
+    convs = _convs(config, obs_shape)
     sizes = (convs.feature_dim, config.encoder_feature_dim)
     tanh = config.agent == "sac_ae"  # SAC+AE bounds its latent, CoDy does not
     return EncoderParts(
@@ -88,7 +126,7 @@ def _pixel(config, obs_shape):
 
 def _protorl(config, obs_shape):
     """Yarats et al., Proto-RL (arXiv 2102.11271): a linear latent; LayerNorm and tanh belong to actor and critic."""
-    convs = ConvNet(obs_shape, config.num_layers, config.num_filters, offset=0.5)
+    convs = _convs(config, obs_shape, offset=0.5)
     sizes = (convs.feature_dim, config.encoder_feature_dim)
     return EncoderParts(
         Encoder(convs, nn.Linear(*sizes), *sizes),

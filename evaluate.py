@@ -10,41 +10,17 @@ import os
 import pathlib
 from typing import Literal
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium.wrappers import FrameStackObservation, TransformObservation
 
 import dmc2gym
 from agent import make_agent
 from checkpoint import load_config, load_model
 from config import ConfigError, exit_with, parse_flags
+from env_worker import open_eval_envs
 from video import save_video
 
 VIDEO_SIZE = 256  # pixels, a multiple of 16 as H.264 wants
-
-
-def make_env(config, seed):
-    """The config's task; observations (3 * frame_stack, size, size) uint8, the first frame repeated at reset.
-
-    With the identity encoder: the stacked states, (n,) float32.
-    """
-    size = config.pre_transform_image_size
-    env = dmc2gym.make(
-        config.domain_name,
-        config.task_name,
-        seed=seed,
-        from_pixels=config.encoder_type != "identity",
-        height=size,
-        width=size,
-        frame_skip=config.action_repeat,
-    )
-    env = FrameStackObservation(env, config.frame_stack, padding_type="reset")
-    stack = env.observation_space  # (frame_stack, *frame)
-    shape = (stack.shape[0] * stack.shape[1], *stack.shape[2:])
-    dtype = np.uint8 if stack.dtype == np.uint8 else np.float32
-    space = gymnasium.spaces.Box(stack.low.min(), stack.high.max(), shape, dtype)
-    return TransformObservation(env, lambda obs: obs.reshape(shape).astype(dtype, copy=False), space)
 
 
 def eval_seed(config):
@@ -52,26 +28,40 @@ def eval_seed(config):
     return (config.seed + 2**31) % 2**32
 
 
-def evaluate(env, agent, num_episodes, seed, video=None):
+def evaluate(envs, agent, num_episodes, seed, video=None):
     """Returns of `num_episodes` episodes with the mean action, a list of floats.
 
-    The environment restarts from `seed`, so that every evaluation of a run meets the same initial states and a
-    saved model gives its logged returns again. `video`: path of an mp4 of the first episode.
+    Episode i starts from `seed` + i, so that every evaluation of a run meets the same initial states, a saved model
+    gives its logged returns again, and neither depends on the number of `envs`, which step beside each other.
+    `video`: path of an mp4 of the first episode.
     """
-    returns = []
-    for episode in range(num_episodes):
-        obs, _ = env.reset(seed=seed if episode == 0 else None)
-        frames = []
-        episode_reward, done = 0.0, False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(agent.act(obs, sample=False))
-            episode_reward += reward
-            done = terminated or truncated
+    returns = [0.0] * num_episodes
+    frames = []
+    waiting = iter(range(num_episodes))
+
+    def begin(env):
+        """Start the next episode in `env`; [(env, episode)], or nothing if there is none left."""
+        for episode in waiting:
+            env.start(agent.act(env.reset(seed=(seed + episode) % 2**32), sample=False))
+            return [(env, episode)]
+        return []
+
+    playing = [pair for env in envs for pair in begin(env)]
+    while playing:
+        still = []
+        for env, episode in playing:
+            obs, reward, terminated, truncated = env.finish()
+            returns[episode] += reward
             if video and episode == 0:
-                frames.append(env.unwrapped.render(VIDEO_SIZE, VIDEO_SIZE))
-        returns.append(episode_reward)
-        if frames:
-            save_video(video, frames, env.metadata["render_fps"])
+                frames.append(env.draw(VIDEO_SIZE, VIDEO_SIZE))
+            if terminated or truncated:
+                still += begin(env)
+            else:
+                env.start(agent.act(obs, sample=False))
+                still.append((env, episode))
+        playing = still
+    if frames:
+        save_video(video, frames, envs[0].metadata["render_fps"])
     return returns
 
 
@@ -109,12 +99,12 @@ def main():
             dmc2gym.select_gl_backend()
         config = load_config(args.run)
         device = choose_device(args.device)
-        env = make_env(config, eval_seed(config))
-        agent = make_agent(config, env.observation_space.shape, env.action_space.shape[0], device)
+        envs = open_eval_envs(config, args.num_eval_episodes)
+        agent = make_agent(config, envs[0].observation_space.shape, envs[0].action_space.shape[0], device)
         step = load_model(agent, pathlib.Path(args.run) / "model", args.step)
     except (ConfigError, dmc2gym.EnvError) as error:
         exit_with(error)
-    returns = evaluate(env, agent, args.num_eval_episodes, eval_seed(config), args.video)
+    returns = evaluate(envs, agent, args.num_eval_episodes, eval_seed(config), args.video)
     row = {"step": step, "env_step": step * config.action_repeat, **summary(returns), "returns": returns}
     print(json.dumps(row))
 

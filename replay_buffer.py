@@ -6,6 +6,7 @@ observation is kept exactly. Stacked observations are rebuilt by index. Slots ar
 whole stream of frames; position p lies at `p % slots`.
 """
 
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -31,6 +32,18 @@ class Batch(NamedTuple):
     second_obs: torch.Tensor | None = None  # another augmentation of o_t, where the auxiliary task asks for one
 
 
+def _turned(images):
+    """(..., C, W, H) as stored -> (..., C, H, W), a view; states as they are."""
+    return images.transpose(-1, -2) if images.dim() == 4 else images
+
+
+def _moved(tensor, device):
+    """`tensor` on `device`, without waiting for the copy."""
+    if tensor.device == device:
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 class ReplayBuffer:
     """Ring buffer of single frames.
 
@@ -42,6 +55,8 @@ class ReplayBuffer:
         frame_stack: frames in an observation.
         episode_steps: transitions in a full episode, for planning the slots of final frames.
         device: where batches go.
+        storage: where the frames lie: "cpu", "cuda", or "auto", on `device` if they take less than half of its free
+            memory.
         seed: seed of the sampling.
         dtype: of the frames.
 
@@ -49,7 +64,18 @@ class ReplayBuffer:
         MemoryError: the frames do not fit in the memory that is available now; one line.
     """
 
-    def __init__(self, capacity, frame_shape, action_dim, frame_stack, episode_steps, device, seed, dtype=torch.uint8):
+    def __init__(
+        self,
+        capacity,
+        frame_shape,
+        action_dim,
+        frame_stack,
+        episode_steps,
+        device,
+        seed,
+        dtype=torch.uint8,
+        storage="cpu",
+    ):
         self.slots = capacity + capacity // episode_steps + 2
         self.frame_stack = frame_stack
         self.device = device
@@ -58,16 +84,21 @@ class ReplayBuffer:
         self._first = 0  # first of them that was stored; not 0 after `load` of a part
         self._saved = 0  # frames written to disk by `save`
 
-        size = self.slots * int(np.prod(frame_shape)) * dtype.itemsize
+        size = self.slots * math.prod(frame_shape) * dtype.itemsize
+        if storage == "auto":
+            storage = device if size < available_memory(device) / 2 else "cpu"
+        storage = torch.device(storage)
+        available = available_memory(storage)
         too_large = (
             f"--replay_buffer_capacity {capacity}: its frames take {size / 1e9:.1f} GB and "
-            f"{available_memory() / 1e9:.1f} GB of memory are available"
+            f"{available / 1e9:.1f} GB of memory are available on {storage}"
         )
-        if size > available_memory():
+        if size > available:
             raise MemoryError(too_large)
         try:
-            self._frames = torch.empty((self.slots, *frame_shape), dtype=dtype)
-            self._frames.zero_()  # touches every page now, so that the run cannot meet the end of memory later
+            # images lie (C, W, H) in memory, as the augmentation reads them; states are (n,)
+            self._stored = torch.empty((self.slots, *frame_shape[:1], *frame_shape[:0:-1]), dtype=dtype, device=storage)
+            self._stored.zero_()  # touches every page now, so that the run cannot meet the end of memory later
         except RuntimeError as error:  # torch's way of saying that the allocation was refused
             raise MemoryError(too_large) from error
         self._actions = np.zeros((self.slots, action_dim), np.float32)
@@ -80,7 +111,12 @@ class ReplayBuffer:
     def nbytes(self):
         """Bytes of everything stored."""
         arrays = (self._actions, self._rewards, self._not_dones, self._ages, self._finals)
-        return self._frames.nbytes + sum(array.nbytes for array in arrays)
+        return self._stored.nbytes + sum(array.nbytes for array in arrays)
+
+    @property
+    def _frames(self):
+        """View of the frames as (slots, *frame_shape)."""
+        return _turned(self._stored)
 
     def begin_episode(self, obs):
         """Store the first frame of an episode: the newest of the stacked `obs` (C, H, W)."""
@@ -146,20 +182,23 @@ class ReplayBuffer:
         # k + 2 frames hold all three observations; those before the episode's start repeat its first frame
         back = np.minimum(np.arange(k, -2, -1), self._ages[slots][:, None])  # (B, k + 2)
         window = (positions[:, None] - back) % self.slots
-        frames = self._frames.index_select(0, torch.as_tensor(window.ravel()))
-        frames = frames.view(len(positions), k + 2, *self._frames.shape[1:]).to(self.device, non_blocking=True)
+        window = _moved(torch.as_tensor(window.ravel()), self._stored.device)
+        frames = _moved(self._stored.index_select(0, window), self.device)
+        frames = frames.view(len(positions), k + 2, *self._stored.shape[1:])
+
+        def stack(first):
+            return _turned(frames[:, first : first + k].flatten(1, 2))
 
         def floats(values):
-            values = values.reshape(len(positions), -1)
-            return torch.as_tensor(values).to(self.device, non_blocking=True)
+            return _moved(torch.as_tensor(values.reshape(len(positions), -1)), self.device)
 
         return Batch(
-            obs_prev=frames[:, :k].flatten(1, 2),
+            obs_prev=stack(0),
             action_prev=floats(self._actions[previous]),
-            obs=frames[:, 1 : k + 1].flatten(1, 2),
+            obs=stack(1),
             action=floats(self._actions[slots]),
             reward=floats(self._rewards[slots]),
-            next_obs=frames[:, 2:].flatten(1, 2),
+            next_obs=stack(2),
             not_done=floats(self._not_dones[slots]),
         )
 
@@ -174,7 +213,7 @@ class ReplayBuffer:
         slots = np.arange(first, last) % self.slots
         np.savez(
             pathlib.Path(folder) / f"{first:09d}_{last:09d}.npz",
-            frames=self._frames[torch.as_tensor(slots)].numpy(),
+            frames=self._frames[torch.as_tensor(slots)].cpu().numpy(),
             actions=self._actions[slots],
             rewards=self._rewards[slots],
             not_dones=self._not_dones[slots],
@@ -194,6 +233,6 @@ class ReplayBuffer:
                 values = arrays[name][-self.slots :]
                 slots = np.arange(last - len(values), last) % self.slots
                 store = getattr(self, f"_{name}")
-                store[slots] = torch.as_tensor(values) if name == "frames" else values
+                store[slots] = torch.as_tensor(values, device=store.device) if name == "frames" else values
             self._stream = self._saved = last
         self._finals[(self._stream - 1) % self.slots] = True  # the frame after it is in no chunk (yet)

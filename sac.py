@@ -2,8 +2,9 @@
 
 `SAC` owns the encoder and trains it with the critic's loss and with the loss of one auxiliary task, or of none. The
 auxiliary is a module with
-    loss(batch, features, encoder, target_encoder, detailed) -> (loss, metrics)
-    parameter_groups(encoder) -> groups for Adam: what its loss trains, and at which rates
+    loss(batch, z, encoder, target_encoder, detailed) -> (loss, metrics), z the latents of batch.obs with gradient
+    parameter_groups() -> groups for Adam: its own parameters, and their rates
+    encoder_lr: rate of the encoder in its step
     update_targets() -> EMA step of its own targets
     update_freq -> updates between its steps
     views -> {field of Batch: field it is an augmentation of}, beside `obs` and `next_obs`
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encoder import make_encoder
+from encoder import Remembering, make_encoder
 from utils import grad_norm, mlp, soft_update, weight_init
 
 
@@ -101,16 +102,24 @@ class SAC(nn.Module):
         self.target_entropy = -action_dim
         self.to(device)
 
+        self._update = {"sequential": self._sequential, "joint": self._joint}[config.update_mode]
         self._encoder_parameters = list(self.encoder.parameters())  # none with the identity encoder
-        critic_parameters = [*self._encoder_parameters, *self.critic.parameters()]
-        betas = (config.critic_beta, 0.999)
-        self.critic_optimizer = torch.optim.Adam(critic_parameters, config.critic_lr, betas)
-        betas = (config.actor_beta, 0.999)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, betas)
-        betas = (config.alpha_beta, 0.999)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], config.alpha_lr, betas)
+
+        def adam(groups, lr=1e-3, beta=0.9):
+            return torch.optim.Adam(groups, lr, (beta, 0.999), fused=True)
+
+        joint = config.update_mode == "joint"
+        if joint:
+            self.encoder_optimizer = adam(self._encoder_parameters, config.encoder_lr, config.critic_beta)
+        critic_parameters = [*([] if joint else self._encoder_parameters), *self.critic.parameters()]
+        self.critic_optimizer = adam(critic_parameters, config.critic_lr, config.critic_beta)
+        self.actor_optimizer = adam(self.actor.parameters(), config.actor_lr, config.actor_beta)
+        self.alpha_optimizer = adam([self.log_alpha], config.alpha_lr, config.alpha_beta)
         if self.auxiliary:
-            self.auxiliary_optimizer = torch.optim.Adam(self.auxiliary.parameter_groups(self.encoder))
+            groups = self.auxiliary.parameter_groups()
+            if not joint:
+                groups.append({"params": self._encoder_parameters, "lr": self.auxiliary.encoder_lr})
+            self.auxiliary_optimizer = adam(groups)
 
     @torch.no_grad()
     def act(self, obs, sample):
@@ -158,24 +167,72 @@ class SAC(nn.Module):
         Returns:
             Metrics, a dictionary of 0-d tensors that stay where they were computed.
         """
-        auxiliary_due = self.auxiliary and index % self.auxiliary.update_freq == 0
+        auxiliary_due = self.auxiliary is not None and index % self.auxiliary.update_freq == 0
         actor_due = index % self.config.actor_update_freq == 0
-        metrics = {"batch_reward": batch.reward.mean()}
-        metrics.update(self._update_critic(batch))
+        targets_due = index % self.config.critic_target_update_freq == 0
+        metrics = self._update(batch, actor_due, targets_due, auxiliary_due, detailed)
+        metrics["batch_reward"] = batch.reward.mean()
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def _sequential(self, batch, actor_due, targets_due, auxiliary_due, detailed):
+        """The released order: critic step, then actor, temperature and targets, then the auxiliary task's step."""
+        target_encoder = Remembering(self.target_encoder)
+        target_q = self.target_q(batch, self.encoder, target_encoder)
+        features = self.encoder.convs(batch.obs)
+        if self.config.detach_encoder:
+            features = features.detach()
+        critic_loss, metrics = self._critic_loss(batch, self.encoder.head(features), target_q)
+        metrics["critic_grad_norm"] = self._step(critic_loss, self.critic_optimizer)
+        metrics["critic_encoder_grad_norm"] = grad_norm(self._encoder_parameters)
         if auxiliary_due or actor_due:
             # The critic's step has changed the convolutions; actor and auxiliary see the same new features.
-            with torch.set_grad_enabled(bool(auxiliary_due)):
+            with torch.set_grad_enabled(auxiliary_due):
                 features = self.encoder.convs(batch.obs)
         if actor_due:
             metrics.update(self._update_actor(features.detach()))
-        if index % self.config.critic_target_update_freq == 0:
+        if targets_due:
             self._update_targets()
+            target_encoder = Remembering(self.target_encoder)
         if auxiliary_due:
-            metrics.update(self._update_auxiliary(batch, features, detailed))
+            z = self.encoder.head(features)
+            loss, of_auxiliary = self.auxiliary.loss(batch, z, self.encoder, target_encoder, detailed=detailed)
+            metrics.update(of_auxiliary)
+            metrics["auxiliary_grad_norm"] = self._step(loss, self.auxiliary_optimizer)
             if self._encoder_parameters:
-                of_auxiliary, of_critic = metrics["auxiliary_encoder_grad_norm"], metrics["critic_encoder_grad_norm"]
-                metrics["encoder_grad_ratio"] = of_auxiliary / of_critic
-        return {name: value.detach() for name, value in metrics.items()}
+                norm = metrics["auxiliary_encoder_grad_norm"] = grad_norm(self._encoder_parameters)
+                metrics["encoder_grad_ratio"] = norm / metrics["critic_encoder_grad_norm"]
+        return metrics
+
+    def _joint(self, batch, actor_due, targets_due, auxiliary_due, detailed):
+        """One forward of o_t and one backward through the encoder for both losses; the actor reuses the features.
+
+        A departure: see docs/algorithm.md.
+        """
+        encoder, target_encoder = Remembering(self.encoder), Remembering(self.target_encoder)
+        target_q = self.target_q(batch, encoder, target_encoder)
+        features = self.encoder.convs(batch.obs)
+        z = self.encoder.head(features)
+        latents = [self.encoder.head(features.detach()) if self.config.detach_encoder else z]
+        # each loss's gradient down to its latent, then both together through the encoder
+        leaves = [latents[0].detach().requires_grad_()]
+        critic_loss, metrics = self._critic_loss(batch, leaves[0], target_q)
+        metrics["critic_grad_norm"] = self._step(critic_loss, self.critic_optimizer, leaves[0])
+        if auxiliary_due:
+            latents.append(z)
+            leaves.append(z.detach().requires_grad_())
+            loss, of_auxiliary = self.auxiliary.loss(batch, leaves[1], encoder, target_encoder, detailed=detailed)
+            metrics.update(of_auxiliary)
+            metrics["auxiliary_grad_norm"] = self._step(loss, self.auxiliary_optimizer, leaves[1])
+            metrics["latent_grad_ratio"] = leaves[1].grad.norm() / leaves[0].grad.norm()
+        self.encoder_optimizer.zero_grad()
+        torch.autograd.backward(latents, [leaf.grad for leaf in leaves], inputs=self._encoder_parameters)
+        self.encoder_optimizer.step()
+        metrics["encoder_grad_norm"] = grad_norm(self._encoder_parameters)
+        if actor_due:
+            metrics.update(self._update_actor(features.detach()))
+        if targets_due:
+            self._update_targets()
+        return metrics
 
     def _update_targets(self):
         soft_update(self.critic, self.target_critic, self.config.critic_tau)
@@ -184,29 +241,18 @@ class SAC(nn.Module):
             self.auxiliary.update_targets()
 
     @torch.no_grad()
-    def target_q(self, batch):
+    def target_q(self, batch, encoder, target_encoder):
         """y = r + gamma * not_done * (min Q_target(o', a') - alpha * log pi(a'|o')), (B, 1)."""
-        mu, log_std = self.actor(self.encoder.convs(batch.next_obs))
+        mu, log_std = self.actor(encoder.convs(batch.next_obs))
         next_action, log_pi = squashed_sample(mu, log_std, torch.randn_like(mu))
-        q1, q2 = self.target_critic(self.target_encoder(batch.next_obs), next_action)
+        q1, q2 = self.target_critic(target_encoder(batch.next_obs), next_action)
         value = torch.min(q1, q2) - self.log_alpha.exp() * log_pi
         return batch.reward + self.config.discount * batch.not_done * value
 
-    def _update_critic(self, batch):
-        target_q = self.target_q(batch)
-        features = self.encoder.convs(batch.obs)
-        if self.config.detach_encoder:
-            features = features.detach()
-        q1, q2 = self.critic(self.encoder.head(features), batch.action)
+    def _critic_loss(self, batch, z, target_q):
+        q1, q2 = self.critic(z, batch.action)
         critic_loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
-        norm = self._step(self.critic_optimizer, critic_loss)
-        return {
-            "critic_loss": critic_loss,
-            "q": q1.mean(),
-            "target_q": target_q.mean(),
-            "critic_grad_norm": norm,
-            "critic_encoder_grad_norm": grad_norm(self._encoder_parameters),
-        }
+        return critic_loss, {"critic_loss": critic_loss, "q": q1.mean(), "target_q": target_q.mean()}
 
     def _update_actor(self, features):
         """Actor and temperature, on conv features (B, feature_dim) without gradient."""
@@ -216,9 +262,9 @@ class SAC(nn.Module):
             z = self.encoder.head(features)
         alpha = self.log_alpha.exp()
         actor_loss = (alpha.detach() * log_pi - torch.min(*self.critic(z, pi))).mean()
-        norm = self._step(self.actor_optimizer, actor_loss)
+        norm = self._step(actor_loss, self.actor_optimizer)
         alpha_loss = (alpha * (-log_pi - self.target_entropy).detach()).mean()
-        alpha_norm = self._step(self.alpha_optimizer, alpha_loss)
+        alpha_norm = self._step(alpha_loss, self.alpha_optimizer)
         return {
             "actor_loss": actor_loss,
             "alpha_loss": alpha_loss,
@@ -228,17 +274,14 @@ class SAC(nn.Module):
             "alpha_grad_norm": alpha_norm,
         }
 
-    def _update_auxiliary(self, batch, features, detailed):
-        loss, metrics = self.auxiliary.loss(batch, features, self.encoder, self.target_encoder, detailed=detailed)
-        metrics["auxiliary_grad_norm"] = self._step(self.auxiliary_optimizer, loss)
-        metrics["auxiliary_encoder_grad_norm"] = grad_norm(self._encoder_parameters)
-        return metrics
-
     @staticmethod
-    def _step(optimizer, loss):
-        """One optimizer step on its own parameters only; returns the norm of their gradient."""
+    def _step(loss, optimizer, *leaves):
+        """One step of the optimizer's own parameters only; returns the norm of their gradient.
+
+        `leaves`: tensors that receive the loss's gradient as well.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad()
-        loss.backward(inputs=parameters)
+        loss.backward(inputs=[*parameters, *leaves])
         optimizer.step()
         return grad_norm(parameters)

@@ -23,23 +23,24 @@ import dmc2gym
 from agent import make_agent
 from checkpoint import save_model
 from config import ConfigError, exit_with, parse
-from evaluate import choose_device, eval_seed, evaluate, make_env, summary
+from env_worker import open_env, open_eval_envs
+from evaluate import choose_device, eval_seed, evaluate, summary
 from logger import Logger
 from replay_buffer import ReplayBuffer
 from utils import git_commit, keep_freed_memory, seed_everything
 
 
-def train(config, env, eval_env, replay, agent, logger, folder):
+def train(config, env, eval_envs, replay, agent, logger, folder):
     """The training loop: config.num_train_steps decisions, one update each from init_steps on."""
     episode = 0
-    obs, _ = env.reset()
+    obs = env.reset()
     replay.begin_episode(obs)
     episode_reward, episode_start = 0.0, time.time()
 
     for step in range(config.num_train_steps):
         # try to evaluate
         if step % config.eval_freq == 0:
-            seconds = run_evaluation(config, eval_env, replay, agent, logger, folder, step, episode)
+            seconds = run_evaluation(config, eval_envs, replay, agent, logger, folder, step, episode)
             episode_start += seconds  # the training episode stood still meanwhile
 
         # choose an action
@@ -48,7 +49,10 @@ def train(config, env, eval_env, replay, agent, logger, folder):
         else:
             action = agent.act(obs, sample=True)
 
-        # gradient updates; they never see the transition being made
+        # begin the env step
+        env.start(action)
+
+        # gradient updates beside it; they never see the transition being made
         if step >= config.init_steps:
             time_to_log = step % config.log_interval == 0
             for i in range(config.updates_per_step):
@@ -60,8 +64,8 @@ def train(config, env, eval_env, replay, agent, logger, folder):
                 logger.read()
                 logger.media(step, agent.images(batch), agent.named_parameters())
 
-        # take env step
-        obs, reward, terminated, truncated, _ = env.step(action)
+        # end the env step
+        obs, reward, terminated, truncated = env.finish()
         replay.add(action, reward, obs, terminated)
         episode_reward += reward
         logger.progress(step + 1)
@@ -72,19 +76,19 @@ def train(config, env, eval_env, replay, agent, logger, folder):
                 step + 1, episode=episode, episode_reward=episode_reward, duration=time.time() - episode_start
             )
             episode += 1
-            obs, _ = env.reset()
+            obs = env.reset()
             replay.begin_episode(obs)
             episode_reward, episode_start = 0.0, time.time()
 
     logger.read()
-    run_evaluation(config, eval_env, replay, agent, logger, folder, config.num_train_steps, episode)
+    run_evaluation(config, eval_envs, replay, agent, logger, folder, config.num_train_steps, episode)
 
 
-def run_evaluation(config, eval_env, replay, agent, logger, folder, step, episode):
+def run_evaluation(config, eval_envs, replay, agent, logger, folder, step, episode):
     """Evaluate the policy after `step` decisions and save what the flags ask for; returns the seconds it took."""
     start = time.time()
     video = folder / "video" / f"{step}.mp4" if config.save_video else None
-    returns = evaluate(eval_env, agent, config.num_eval_episodes, eval_seed(config), video)
+    returns = evaluate(eval_envs, agent, config.num_eval_episodes, eval_seed(config), video)
     seconds = time.time() - start
     logger.eval_row(step, episode=episode, **summary(returns), returns=returns, duration=seconds)
     if config.save_model:
@@ -146,11 +150,13 @@ def main():
     try:
         config = parse()
         device = choose_device(config.device)
+        if config.replay_device == "cuda" and device.type != "cuda":
+            raise ConfigError(f"--replay_device cuda: the networks run on {device}; use auto or cpu")
         check_work_dir(config.work_dir)
         seed_everything(config.seed)
         if config.save_video:
             dmc2gym.select_gl_backend()  # a run on states draws nothing else
-        env, eval_env = make_env(config, config.seed), make_env(config, eval_seed(config))
+        env, eval_envs = open_env(config, config.seed), open_eval_envs(config, config.num_eval_episodes)
         env.action_space.seed(config.seed)
         action_dim = env.action_space.shape[0]
         obs_space = env.observation_space
@@ -163,6 +169,7 @@ def main():
             device=device,
             seed=config.seed,
             dtype=torch.uint8 if obs_space.dtype == np.uint8 else torch.float32,
+            storage=config.replay_device,
         )
         agent = make_agent(config, obs_space.shape, action_dim, device)
         folder = make_run_folder(config)
@@ -175,12 +182,14 @@ def main():
     sees = "states" if config.encoder_type == "identity" else f"frames drawn by {facts['mujoco_gl']}"
     logger.message(f"{folder}: seed {config.seed}, on {device}, {sees}, replay of {replay.nbytes / 1e9:.2f} GB")
     try:
-        train(config, env, eval_env, replay, agent, logger, folder)
+        train(config, env, eval_envs, replay, agent, logger, folder)
     except FloatingPointError as error:
         sys.exit(f"{folder}: stopped: {logger.explain(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        for opened in (env, *eval_envs):
+            opened.close()
         logger.close()
 
 

@@ -33,8 +33,10 @@ def keep_freed_memory():
     mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def available_memory():
-    """Bytes that this process can still take: the system's, or its control group's if that is less."""
+def available_memory(device=None):
+    """Bytes that this process can still take on `device`: on CPU the system's, or its control group's if less."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     available = psutil.virtual_memory().available
     group = pathlib.Path("/sys/fs/cgroup")
     try:

@@ -24,7 +24,8 @@ import torch  # noqa: E402
 from agent import make_agent  # noqa: E402
 from config import ConfigError, exit_with, parse, parse_flags  # noqa: E402
 from dmc2gym import EnvError  # noqa: E402
-from evaluate import choose_device, make_env  # noqa: E402
+from env_worker import make_env  # noqa: E402
+from evaluate import choose_device  # noqa: E402
 from replay_buffer import ReplayBuffer  # noqa: E402
 from utils import keep_freed_memory, seed_everything  # noqa: E402
 

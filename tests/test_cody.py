@@ -33,9 +33,9 @@ def test_info_nce_agrees_with_a_brute_force_loop():
 
 def test_metrics(small_agent, random_batch):
     agent, batch = small_agent(), random_batch(16)
-    features = agent.encoder.convs(batch.obs)
+    z = agent.encoder(batch.obs)
     noise = torch.randn(16, 9)
-    loss, metrics = agent.auxiliary.loss(batch, features, agent.encoder, agent.target_encoder, noise=noise)
+    loss, metrics = agent.auxiliary.loss(batch, z, agent.encoder, agent.target_encoder, noise=noise)
     omega = agent.config.omega_cody_loss
     torch.testing.assert_close(loss, metrics["info_nce"] + omega * metrics["kl"])
     torch.testing.assert_close(metrics["mi_bound"], math.log(16) - metrics["info_nce"])
@@ -51,15 +51,15 @@ def test_metrics(small_agent, random_batch):
 def test_accuracy_is_one_when_each_query_is_its_key(small_agent, random_batch, monkeypatch):
     agent, batch = small_agent(), random_batch(8)
     monkeypatch.setattr(cody, "contrastive_logits", lambda query, W, key: torch.eye(8) * 50 + query.sum() * 0)
-    features = agent.encoder.convs(batch.obs)
-    _, metrics = agent.auxiliary.loss(batch, features, agent.encoder, agent.target_encoder)
+    z = agent.encoder(batch.obs)
+    _, metrics = agent.auxiliary.loss(batch, z, agent.encoder, agent.target_encoder)
     assert metrics["contrastive_accuracy"] == 1 and metrics["info_nce"] < 1e-6
 
 
 def test_gradient_reaches_everything_but_the_targets(small_agent, random_batch):
     agent, batch = small_agent(), random_batch()
     task = agent.auxiliary
-    loss, _ = task.loss(batch, agent.encoder.convs(batch.obs), agent.encoder, agent.target_encoder)
+    loss, _ = task.loss(batch, agent.encoder(batch.obs), agent.encoder, agent.target_encoder)
     loss.backward()
     trained = [*agent.encoder.parameters(), *(p for p in task.parameters() if p.requires_grad)]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
@@ -73,7 +73,7 @@ def test_kl_alone_trains_the_prior_but_not_through_its_input(small_agent, random
     agent, batch = small_agent(), random_batch()
     agent.target_encoder.requires_grad_(True)  # if a gradient could reach the target encoder, it would show
     task = agent.auxiliary
-    _, metrics = task.loss(batch, agent.encoder.convs(batch.obs), agent.encoder, agent.target_encoder)
+    _, metrics = task.loss(batch, agent.encoder(batch.obs), agent.encoder, agent.target_encoder)
     metrics["kl"].backward()
     assert all(p.grad.abs().sum() > 0 for p in task.prior.parameters())
     assert all(p.grad.abs().sum() > 0 for p in agent.encoder.parameters())
@@ -86,9 +86,9 @@ def test_omega_weights_the_kl(small_agent, random_batch):
     losses = {}
     for omega in (0.0, 0.1):
         agent = small_agent(f"--omega_cody_loss {omega}")
-        features = agent.encoder.convs(batch.obs)
+        z = agent.encoder(batch.obs)
         losses[omega], metrics = agent.auxiliary.loss(
-            batch, features, agent.encoder, agent.target_encoder, noise=torch.zeros(16, 9)
+            batch, z, agent.encoder, agent.target_encoder, noise=torch.zeros(16, 9)
         )
     torch.testing.assert_close(losses[0.1] - losses[0.0], 0.1 * metrics["kl"])
 
@@ -100,8 +100,8 @@ def test_reward_enters_the_key_per_physics_step(small_agent, random_batch):
     for repeat in (1, 4):
         agent = small_agent(f"--action_repeat {repeat}")
         scaled = batch._replace(reward=batch.reward * repeat)
-        features = agent.encoder.convs(batch.obs)
-        loss, _ = agent.auxiliary.loss(scaled, features, agent.encoder, agent.target_encoder, noise=torch.zeros(16, 9))
+        z = agent.encoder(batch.obs)
+        loss, _ = agent.auxiliary.loss(scaled, z, agent.encoder, agent.target_encoder, noise=torch.zeros(16, 9))
         losses.append(loss.item())
     assert math.isclose(*losses, rel_tol=1e-6)
 
@@ -124,7 +124,7 @@ def test_one_adam_at_the_summed_rate_is_two_adams_on_the_same_gradient():
 
 def test_learning_rates(small_agent):
     agent = small_agent("--encoder_lr 0.002 --cody_lr 0.0005")
-    encoder, own = agent.auxiliary_optimizer.param_groups
+    own, encoder = agent.auxiliary_optimizer.param_groups
     assert encoder["lr"] == 0.0025 and own["lr"] == 0.0005
     assert {id(p) for p in encoder["params"]} == {id(p) for p in agent.encoder.parameters()}
     expected = {id(p) for p in agent.auxiliary.parameters() if p.requires_grad}

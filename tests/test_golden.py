@@ -22,6 +22,13 @@ GOLDEN = {
 FLAGS = "--encoder_feature_dim 8 --hidden_dim 32 --num_filters 4 --action_repeat 4 --batch_size 6"
 
 
+def channels_last(weight):
+    """Columns of a linear layer on conv features: from the released order (C, H, W) to ours, (H, W, C)."""
+    if weight.dim() != 2 or weight.shape[1] != 4 * 35 * 35:
+        return weight
+    return weight.unflatten(1, (4, 35, 35)).permute(0, 2, 3, 1).flatten(1)
+
+
 def load(module, prefix, renamed=()):
     """Load parameters before/<prefix>.* into a module; `renamed` are (theirs, ours) parts of names."""
     state = {}
@@ -30,7 +37,7 @@ def load(module, prefix, renamed=()):
             name = name.removeprefix(f"before/{prefix}.")
             for theirs, ours in renamed:
                 name = name.replace(theirs, ours)
-            state[name] = value
+            state[name] = channels_last(value)
     module.load_state_dict(state)
 
 
@@ -41,7 +48,7 @@ def agent():
         ("critic", agent.encoder, agent.critic),
         ("critic_target", agent.target_encoder, agent.target_critic),
     ):
-        load(encoder, f"{name}.encoder", [("convs.", "convs.convs."), ("fc.", "head.fc."), ("ln.", "head.ln.")])
+        load(encoder, f"{name}.encoder", [("convs.", "convs.layers."), ("fc.", "head.fc."), ("ln.", "head.ln.")])
         load(critic.Q1, f"{name}.Q1.trunk")
         load(critic.Q2, f"{name}.Q2.trunk")
     load(agent.actor.head.fc, "actor.encoder.fc")
@@ -65,7 +72,7 @@ def check(value, name, rtol=1e-4, slack=0.01):
     Gradients need slack 1: their small elements are sums that cancel, which float32 (the golden values' too: in
     float64 they differ as much) cannot give to 1e-4.
     """
-    expected = GOLDEN[f"out/{name}"]
+    expected = channels_last(GOLDEN[f"out/{name}"])
     atol = rtol * slack * expected.abs().max().item()
     torch.testing.assert_close(value.detach(), expected.to(value.dtype), rtol=rtol, atol=atol)
 
@@ -78,7 +85,7 @@ def test_latents(agent, batch):
 
 def test_actor(agent, batch):
     # the golden actor's convolutions are the critic's, as here
-    for i, conv in enumerate(agent.encoder.convs.convs):
+    for i, conv in enumerate(agent.encoder.convs.layers):
         assert torch.equal(conv.weight, GOLDEN[f"before/actor.encoder.convs.{i}.weight"])
     mu, log_std = agent.actor(agent.encoder.convs(batch.obs))
     pi, log_pi = squashed_sample(mu, log_std, GOLDEN["out/actor_noise"])
@@ -113,14 +120,14 @@ def test_cody_parts(agent, batch):
 
 
 def test_cody_loss_and_gradients(agent, batch):
-    features = agent.encoder.convs(batch.obs)
+    z = agent.encoder(batch.obs)
     loss, metrics = agent.auxiliary.loss(
-        batch, features, agent.encoder, agent.target_encoder, noise=GOLDEN["out/posterior_noise"]
+        batch, z, agent.encoder, agent.target_encoder, noise=GOLDEN["out/posterior_noise"]
     )
     check(loss, "cody_loss")
     check(metrics["kl"], "kl")
     check(metrics["info_nce"], "info_nce")
     loss.backward()
     check(agent.auxiliary.W.grad, "grad_W", slack=1)
-    check(agent.encoder.convs.convs[0].weight.grad, "grad_conv0", slack=1)
+    check(agent.encoder.convs.layers[0].weight.grad, "grad_conv0", slack=1)
     check(agent.encoder.head.fc.weight.grad, "grad_encoder_fc", slack=1)

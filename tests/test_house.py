@@ -11,7 +11,7 @@ FILES = {path.stem: path for path in ROOT.glob("*.py")}
 # docs/algorithm.md's sibling, the design: a file imports only from floors below its own
 FLOORS = [
     {"augment", "config", "dmc2gym", "logger", "video", "utils"},
-    {"replay_buffer", "encoder", "checkpoint"},
+    {"replay_buffer", "encoder", "checkpoint", "env_worker"},
     {"sac", "cody", "decoder"},
     {"agent"},
     {"evaluate"},

@@ -48,7 +48,7 @@ def test_target_q(small_agent, random_batch, not_done):
     agent = small_agent()
     batch = random_batch()._replace(not_done=torch.full((16, 1), not_done))
     torch.manual_seed(5)
-    y = agent.target_q(batch)
+    y = agent.target_q(batch, agent.encoder, agent.target_encoder)
     torch.manual_seed(5)
     with torch.no_grad():
         mu, log_std = agent.actor(agent.encoder.convs(batch.next_obs))
@@ -71,7 +71,7 @@ def test_losses_and_update_order(small_agent, random_batch):
     metrics = agent.update(batch, index=0)
 
     torch.manual_seed(9)
-    y = twin.target_q(batch)
+    y = twin.target_q(batch, twin.encoder, twin.target_encoder)
     q1, q2 = twin.critic(twin.encoder(batch.obs), batch.action)
     critic_loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean()
     optimizer = torch.optim.Adam([*twin.encoder.parameters(), *twin.critic.parameters()], 1e-3)
@@ -95,8 +95,8 @@ def test_losses_and_update_order(small_agent, random_batch):
     soft_update(twin.auxiliary.predictor, twin.auxiliary.target_predictor, 0.05)
 
     twin.zero_grad()
-    features = twin.encoder.convs(batch.obs)
-    loss, _ = twin.auxiliary.loss(batch, features, twin.encoder, twin.target_encoder)
+    z = twin.encoder(batch.obs)
+    loss, _ = twin.auxiliary.loss(batch, z, twin.encoder, twin.target_encoder)
     loss.backward()
     torch.optim.Adam(twin.encoder.parameters(), 1.1e-3).step()
     torch.optim.Adam([p for p in twin.auxiliary.parameters() if p.requires_grad], 1e-4).step()
@@ -132,10 +132,11 @@ def test_actor_loss_reaches_only_the_actor(small_agent, random_batch):
     assert not any("conv" in name for name, _ in agent.actor.named_parameters())
 
 
-def test_detach_encoder_stops_the_critic_at_the_convolutions(small_agent, random_batch):
-    agent, batch = small_agent("--detach_encoder"), random_batch()
+@pytest.mark.parametrize("mode", ["sequential", "joint"])
+def test_detach_encoder_stops_the_critic_at_the_convolutions(small_agent, random_batch, mode):
+    agent, batch = small_agent(f"--agent sac --detach_encoder --update_mode {mode}"), random_batch()
     convs, head = parameters(agent.encoder.convs), parameters(agent.encoder.head)
-    agent._update_critic(batch)
+    agent.update(batch, index=1)
     assert not any(changed(agent.encoder.convs, convs)) and all(changed(agent.encoder.head, head))
 
 

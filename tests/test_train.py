@@ -126,7 +126,7 @@ def test_tensorboard(trained):
     assert {"train/critic_loss", "train/kl", "train/episode_reward", "eval/episode_reward"} <= set(tags["scalars"])
     assert [e.step for e in events.Scalars("eval/episode_reward")] == [0, 1500, 3000, 3600]
     assert tags["images"] == ["augmented/obs_prev", "augmented/obs", "augmented/next_obs"]
-    assert "parameters/encoder.convs.convs.0.weight" in tags["histograms"]
+    assert "parameters/encoder.convs.layers.0.weight" in tags["histograms"]
 
 
 def test_video_plays(trained):
@@ -228,7 +228,7 @@ def test_updates_per_step(monkeypatch):
     """Counted in a real loop: every decision from init_steps on makes that many updates, numbered in order."""
     import train
     from config import parse
-    from evaluate import eval_seed, make_env
+    from env_worker import SerialEnv
 
     config = parse(f"{STATE} --updates_per_step 3 --num_train_steps 20".split())
 
@@ -251,11 +251,11 @@ def test_updates_per_step(monkeypatch):
         def named_parameters(self):
             return []
 
-    env, eval_env = make_env(config, 0), make_env(config, eval_seed(config))
+    env, eval_env = SerialEnv(config, 0), SerialEnv(config, 1)
     replay = ReplayBuffer(50, (5,), 1, 1, 10, torch.device("cpu"), 0, torch.float32)
     logger = Logger(".", config)
     monkeypatch.setattr(logger, "_row", lambda *args: None)
-    train.train(config, env, eval_env, replay, Agent(), logger, None)
+    train.train(config, env, [eval_env], replay, Agent(), logger, None)
     assert Agent.indices == list(range(12 * 3, 20 * 3))
 
 

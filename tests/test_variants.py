@@ -118,9 +118,7 @@ def test_loss_and_gradients_agree_with_the_reference(small_agent, random_batch, 
     noise = torch.randn(B, D + ("reward_prediction" not in flags))
     names = [name for name, p in agent.named_parameters() if p.requires_grad]
     trained = [p for p in agent.parameters() if p.requires_grad]
-    loss, _ = agent.auxiliary.loss(
-        batch, agent.encoder.convs(batch.obs), agent.encoder, agent.target_encoder, noise=noise
-    )
+    loss, _ = agent.auxiliary.loss(batch, agent.encoder(batch.obs), agent.encoder, agent.target_encoder, noise=noise)
     expected = reference(agent, batch, noise)
     torch.testing.assert_close(loss, expected)
     ours = torch.autograd.grad(loss, trained, allow_unused=True)
@@ -143,9 +141,9 @@ def test_each_variant_is_another_loss(small_agent, random_batch, flags):
     omega = "--omega_cody_loss 0.1" if "omega" in flags else ""
     for variant in (omega, flags):
         agent = prepared(small_agent, variant)
-        features = agent.encoder.convs(batch.obs)
+        z = agent.encoder(batch.obs)
         torch.manual_seed(2)
-        losses.append(agent.auxiliary.loss(batch, features, agent.encoder, agent.target_encoder)[0].item())
+        losses.append(agent.auxiliary.loss(batch, z, agent.encoder, agent.target_encoder)[0].item())
     assert not math.isclose(*losses, rel_tol=1e-7)
 
 
@@ -213,11 +211,14 @@ def test_a_prior_that_is_off_costs_nothing(small_agent, random_batch, prior, see
     augmented = []
     agent._augment = lambda images: augmented.append(images) or images
     encoded = []
-    agent.target_encoder.register_forward_pre_hook(lambda module, args: encoded.append(args[0]))
+    agent.target_encoder.convs.register_forward_pre_hook(lambda module, args: encoded.append(args[0]))
     agent.update(agent.augment(batch), index=1)
     assert sum(images is batch.obs_prev for images in augmented) == seen
     assert sum(images is batch.obs_prev for images in encoded) == seen
-    assert len(augmented) == 2 + seen and len(encoded) == 2 + seen  # next_obs: for the critic and for the keys
+    assert len(augmented) == 2 + seen
+    assert len(encoded) == 1 + seen  # next_obs once, for the critic and for the keys
+    agent.update(batch, index=2)
+    assert len(encoded) == 3 + 2 * seen  # and twice where the target has moved between the two
 
 
 def test_published_objective(small_agent, random_batch):
@@ -229,7 +230,7 @@ def test_published_objective(small_agent, random_batch):
             for p in module.parameters():
                 p.add_(0.05 * torch.randn_like(p))
     batch = random_batch(B)._replace(second_obs=random_batch(B, seed=1).obs)
-    loss, metrics = t.loss(batch, agent.encoder.convs(batch.obs), agent.encoder, agent.target_encoder)
+    loss, metrics = t.loss(batch, agent.encoder(batch.obs), agent.encoder, agent.target_encoder)
 
     z, code = agent.encoder(batch.obs), run(t.action_encoder, batch.action)
     z2, code2 = agent.target_encoder(batch.second_obs), run(t.target_action_encoder, batch.action)
@@ -272,16 +273,17 @@ def test_published_targets_follow_at_their_own_rate_and_views_differ(small_agent
 def test_protorl_encoder(small_agent, random_batch):
     agent, batch = small_agent("--encoder_type protorl"), random_batch(B)
     h = batch.obs / 255 - 0.5
-    for conv, stride in zip(agent.encoder.convs.convs, (2, 1), strict=True):
+    for conv, stride in zip(agent.encoder.convs.layers, (2, 1), strict=True):
         h = F.conv2d(h, conv.weight, conv.bias, stride).clamp(min=0)
-    z = h.flatten(1) @ agent.encoder.head.weight.T + agent.encoder.head.bias
+    h = h.permute(0, 2, 3, 1).flatten(1)
+    z = h @ agent.encoder.head.weight.T + agent.encoder.head.bias
     torch.testing.assert_close(agent.encoder(batch.obs), z)  # linear: no LayerNorm, no tanh
     ln = agent.critic.latent_input[0]
     q = run(agent.critic.Q1, torch.cat([torch.tanh(norm(ln, z)), batch.action], 1))
     torch.testing.assert_close(agent.critic(z, batch.action)[0], q)
     head = agent.actor.head
-    actor_latent = torch.tanh(norm(head.ln, h.flatten(1) @ head.fc.weight.T + head.fc.bias))
-    torch.testing.assert_close(agent.actor(h.flatten(1))[0], run(agent.actor.trunk, actor_latent)[:, :A])
+    actor_latent = torch.tanh(norm(head.ln, h @ head.fc.weight.T + head.fc.bias))
+    torch.testing.assert_close(agent.actor(h)[0], run(agent.actor.trunk, actor_latent)[:, :A])
     metrics = agent.update(batch, 0)
     assert all(torch.isfinite(v).all() for v in metrics.values())
 
@@ -359,8 +361,8 @@ def test_diagnostics(small_agent, random_batch):
     assert effective_rank(torch.full((8, 4), float("nan"))).isnan()  # and does not raise
 
     agent, batch = prepared(small_agent, ""), random_batch(B)
-    features = agent.encoder.convs(batch.obs)
-    _, metrics = agent.auxiliary.loss(batch, features, agent.encoder, agent.target_encoder, detailed=True)
+    z = agent.encoder(batch.obs)
+    _, metrics = agent.auxiliary.loss(batch, z, agent.encoder, agent.target_encoder, detailed=True)
     assert metrics["kl_per_dim"].shape == (U,)
     torch.testing.assert_close(metrics["kl_per_dim"].sum(), metrics["kl"])
     p = gaussian(agent.auxiliary.posterior, agent.encoder(batch.obs), batch.action, True)
@@ -372,7 +374,7 @@ def test_diagnostics(small_agent, random_batch):
     torch.testing.assert_close(metrics["latent_rank"], effective_rank(agent.encoder(batch.obs)))
     assert metrics["posterior_std_extreme"] == ((p.scale > math.e**3) | (p.scale < math.e**-3)).float().mean()
     agent.auxiliary.posterior.ln.bias.data[U:] = 9.0
-    _, metrics = agent.auxiliary.loss(batch, features, agent.encoder, agent.target_encoder)
+    _, metrics = agent.auxiliary.loss(batch, z, agent.encoder, agent.target_encoder)
     assert metrics["posterior_std_extreme"] == 1 and "latent_rank" not in metrics
 
     agent = small_agent()
@@ -394,7 +396,10 @@ def test_diagnostics(small_agent, random_batch):
             "--predictor_layers 3: has no effect without --cody_objective dynamics_kl",
         ),
         ("--agent sac --omega_cody_loss 0.1", "--omega_cody_loss 0.1: has no effect without --agent cody_sac"),
-        ("--agent sac --encoder_lr 0.1", "--encoder_lr 0.1: has no effect without --agent cody_sac or sac_ae"),
+        (
+            "--agent sac --encoder_lr 0.1",
+            "--encoder_lr 0.1: has no effect without --agent cody_sac, --agent sac_ae or --update_mode joint",
+        ),
         ("--kl_prior none --omega_cody_loss 0.1", "--omega_cody_loss 0.1: has no effect without a --kl_prior"),
         (
             "--encoder_type identity --pre_transform_image_size 100",
