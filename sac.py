@@ -120,6 +120,17 @@ class SAC(nn.Module):
             if not joint:
                 groups.append({"params": self._encoder_parameters, "lr": self.auxiliary.encoder_lr})
             self.auxiliary_optimizer = adam(groups)
+        if config.compile:
+            self._compile()
+
+    def _compile(self):
+        """torch.compile every network, with CUDA graphs where there is CUDA."""
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        networks = [self.encoder.convs, self.encoder.head, self.target_encoder.convs, self.target_encoder.head]
+        networks += [self.actor, self.critic, self.target_critic]
+        networks += self.auxiliary.children() if self.auxiliary else []
+        for network in networks:
+            network.compile(dynamic=False, mode=mode)
 
     @torch.no_grad()
     def act(self, obs, sample):
@@ -167,6 +178,8 @@ class SAC(nn.Module):
         Returns:
             Metrics, a dictionary of 0-d tensors that stay where they were computed.
         """
+        if self.config.compile:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last update computed may be overwritten from here
         auxiliary_due = self.auxiliary is not None and index % self.auxiliary.update_freq == 0
         actor_due = index % self.config.actor_update_freq == 0
         targets_due = index % self.config.critic_target_update_freq == 0

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shutil
 import sys
 import time
 
@@ -152,6 +153,8 @@ def main():
         device = choose_device(config.device)
         if config.replay_device == "cuda" and device.type != "cuda":
             raise ConfigError(f"--replay_device cuda: the networks run on {device}; use auto or cpu")
+        if config.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ConfigError("--compile: on CPU it needs a C++ compiler and finds none; install g++")
         check_work_dir(config.work_dir)
         seed_everything(config.seed)
         if config.save_video:

@@ -10,9 +10,9 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 
 import imageio.v3 as iio
+import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,8 +25,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 # 10 decisions an episode
 SMALL = (
     "--action_repeat 100 --batch_size 8 --init_steps 12 --num_train_steps 36 --eval_freq 15 --num_eval_episodes 2 "
-    "--log_interval 4 --hidden_dim 32 --num_filters 4 --encoder_feature_dim 8 --seed 3"
+    "--log_interval 4 --hidden_dim 32 --num_filters 4 --encoder_feature_dim 8 --seed 3 --no_env_worker"
 )
+WORKERS = SMALL.replace("--no_env_worker", "--env_worker")
 
 STATE = SMALL.replace("--num_filters 4 --encoder_feature_dim 8", "--encoder_type identity")
 
@@ -52,7 +53,7 @@ def only_run(work_dir):
 def trained(tmp_path_factory):
     """One finished run with everything saved, and what it printed."""
     work_dir = tmp_path_factory.mktemp("trained")
-    result = run(f"{SMALL} --save_tb --save_video --save_model --save_buffer", work_dir)
+    result = run(f"{WORKERS} --save_tb --save_video --save_model --save_buffer", work_dir)
     assert result.returncode == 0, result.stderr
     return only_run(work_dir), result.stdout
 
@@ -177,7 +178,7 @@ def test_evaluate_gives_the_logged_returns_again(trained, tmp_path, monkeypatch,
 
 
 def test_same_seed_same_logs(trained, tmp_path):
-    """Byte-identical values, times aside; and what is saved beside them does not matter."""
+    """Byte-identical values, times aside; what is saved beside them does not matter, nor do workers."""
     folder, _ = trained
     assert run(SMALL, tmp_path).returncode == 0
     again = only_run(tmp_path)
@@ -378,18 +379,28 @@ def test_benchmark_of_variants(tmp_path):
     assert result.returncode == 2 and result.stderr.startswith("variants.py: error: --domain_name walker")
 
 
-def test_a_killed_run_leaves_whole_logs(tmp_path):
+@pytest.mark.parametrize("sent", ["Ctrl-C", "SIGKILL"])
+def test_a_killed_run_leaves_whole_logs_and_no_process(tmp_path, sent):
     process = subprocess.Popen(
-        command("train.py", SMALL.replace("36", "100000"), tmp_path),
+        command("train.py", WORKERS.replace("36", "100000"), tmp_path),
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
         # a test suite started in the background ignores Ctrl-C, and its children would
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not process.stdout.readline().startswith(b"| train"):
         pass
-    process.send_signal(signal.SIGINT)
-    started = time.time()
-    assert process.wait(timeout=60) == 130 and time.time() - started < 30
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2  # an environment to train in, and one or more to evaluate in
+    if sent == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers as well
+        assert process.wait(timeout=30) == 130
+        assert process.stderr.read() == b""
+    else:
+        process.kill()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
     folder = only_run(tmp_path)
     assert rows(folder, "train.log") and rows(folder, "eval.log")
 

@@ -1,0 +1,189 @@
+"""The faster paths: what they share, what they change, and that the rest stays the same."""
+
+import copy
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from encoder import ConvNet, Remembering
+from replay_buffer import ReplayBuffer
+from sac import squashed_sample
+from utils import soft_update
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def adam(parameters, lr):
+    return torch.optim.Adam(parameters, lr)
+
+
+@pytest.mark.parametrize("detach", ["", "--detach_encoder"])
+def test_joint_update_agrees_with_its_twin(small_agent, random_batch, detach):
+    """Both losses from the weights before the update, one backward of their sum into the encoder, then the rest."""
+    agent, batch = small_agent(f"--update_mode joint --encoder_lr 0.002 {detach}"), random_batch()
+    twin = copy.deepcopy(agent)
+    torch.manual_seed(9)
+    metrics = agent.update(batch, index=0)
+
+    torch.manual_seed(9)
+    y = twin.target_q(batch, twin.encoder, twin.target_encoder)
+    features = twin.encoder.convs(batch.obs)
+    z_critic = twin.encoder.head(features.detach() if detach else features)
+    q1, q2 = twin.critic(z_critic, batch.action)
+    critic_loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean()
+    cody_loss, _ = twin.auxiliary.loss(batch, twin.encoder.head(features), twin.encoder, twin.target_encoder)
+    (critic_loss + cody_loss).backward()
+    adam(twin.critic.parameters(), 1e-3).step()
+    adam([p for p in twin.auxiliary.parameters() if p.requires_grad], 1e-4).step()
+    adam(twin.encoder.parameters(), 2e-3).step()
+    torch.testing.assert_close(metrics["critic_loss"], critic_loss.detach())
+    torch.testing.assert_close(metrics["cody_loss"], cody_loss.detach())
+
+    mu, log_std = twin.actor(features.detach())  # of the convolutions before their step
+    pi, log_pi = squashed_sample(mu, log_std, torch.randn_like(mu))
+    q = torch.min(*twin.critic(twin.encoder.head(features.detach()).detach(), pi))
+    actor_loss = (0.1 * log_pi - q).mean()
+    actor = adam(twin.actor.parameters(), 1e-3)
+    actor.zero_grad()
+    actor_loss.backward()
+    actor.step()
+    torch.testing.assert_close(metrics["actor_loss"], actor_loss.detach())
+    soft_update(twin.critic, twin.target_critic, 0.01)
+    soft_update(twin.encoder, twin.target_encoder, 0.05)
+    soft_update(twin.auxiliary.predictor, twin.auxiliary.target_predictor, 0.05)
+    for (name, ours), theirs in zip(agent.named_parameters(), twin.parameters(), strict=True):
+        if name != "log_alpha":
+            torch.testing.assert_close(ours, theirs, msg=name, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("agent", ["sac", "sac_ae --decoder_update_freq 2", "cody_sac --cody_objective published"])
+def test_joint_update_of_every_agent(small_agent, random_batch, agent):
+    agent = small_agent(f"--agent {agent} --update_mode joint")
+    batch = agent.augment(random_batch())
+    for index in range(3):
+        before = [p.detach().clone() for p in agent.encoder.parameters()]
+        metrics = agent.update(batch, index)
+        assert all(torch.isfinite(value).all() for value in metrics.values())
+        assert not any(torch.equal(p, b) for p, b in zip(agent.encoder.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_bf16_is_near_fp32_and_parameters_stay_fp32(offset):
+    torch.manual_seed(0)
+    fp32 = ConvNet((9, 40, 40), 4, 16, offset)
+    bf16 = ConvNet((9, 40, 40), 4, 16, offset, torch.bfloat16)
+    bf16.load_state_dict(fp32.state_dict())
+    obs = torch.randint(0, 256, (8, 9, 40, 40), dtype=torch.uint8)
+    a, b = fp32(obs), bf16(obs)
+    assert a.dtype == b.dtype == torch.float32 and not torch.equal(a, b)
+    assert F.cosine_similarity(a, b).min() > 0.999
+    b.square().sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in bf16.parameters())
+
+
+def test_convolutions_agree_with_plain_ones_on_scaled_pixels():
+    torch.manual_seed(0)
+    net = ConvNet((9, 40, 40), 3, 8, offset=0.5)
+    obs = torch.randint(0, 256, (4, 9, 40, 40), dtype=torch.uint8)
+    h = obs / 255 - 0.5
+    for layer, stride in zip(net.layers, (2, 1, 1), strict=True):
+        h = torch.relu(F.conv2d(h, layer.weight.contiguous(), layer.bias, stride))
+    torch.testing.assert_close(net(obs), h.permute(0, 2, 3, 1).flatten(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("index, passes", [(1, 5), (2, 6)])
+def test_conv_passes_of_one_sequential_update(small_agent, random_batch, index, passes):
+    """o_t before and after the critic's step, o_{t+1} online, targets of o_{t+1} and o_{t-1}; the targets' features of
+    o_{t+1} a second time only where an EMA step lies between."""
+    agent, seen = small_agent(), []
+    for encoder in (agent.encoder, agent.target_encoder):
+        encoder.convs.register_forward_hook(lambda module, args, out: seen.append(1))
+    agent.update(random_batch(), index)
+    assert len(seen) == passes
+    joint = small_agent("--update_mode joint")
+    seen.clear()
+    for encoder in (joint.encoder, joint.target_encoder):
+        encoder.convs.register_forward_hook(lambda module, args, out: seen.append(1))
+    joint.update(random_batch(), index)
+    assert len(seen) == 4
+
+
+def test_remembering(small_agent, random_batch):
+    encoder, batch = small_agent().encoder, random_batch()
+    remembering = Remembering(encoder)
+    first = remembering.convs(batch.obs)
+    assert remembering.convs(batch.obs) is first and not first.requires_grad
+    assert torch.equal(remembering(batch.obs), encoder(batch.obs))
+    assert torch.equal(remembering(batch.next_obs), encoder(batch.next_obs))
+
+
+def test_features_are_channels_last_from_storage_on(small_agent):
+    """No copy hides between the sampled frames and the convolution."""
+    replay = ReplayBuffer(50, (3, 20, 20), 2, 3, 10, torch.device("cpu"), 0)
+    for i in range(30):
+        frame = torch.full((9, 20, 20), i, dtype=torch.uint8)
+        replay.begin_episode(frame) if i % 10 == 0 else replay.add([0, 0], 0, frame, False)
+    agent = small_agent()
+    obs = agent.augment(replay.sample(4)).obs
+    assert obs.dtype == torch.uint8 and obs.is_contiguous(memory_format=torch.channels_last)
+    for layer in agent.encoder.convs.layers:
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on CPU")
+def test_compiled_updates_agree(small_agent, random_batch):
+    flags = "--num_filters 8"
+    plain, compiled, batch = small_agent(flags), small_agent(f"{flags} --compile"), random_batch()
+    for index in range(2):
+        torch.manual_seed(index)
+        expected = plain.update(batch, index)
+        torch.manual_seed(index)
+        metrics = compiled.update(batch, index)
+        for name in ("critic_loss", "cody_loss"):
+            torch.testing.assert_close(metrics[name], expected[name], rtol=1e-3, atol=1e-5)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("storage", ["cpu", "cuda"])
+@pytest.mark.parametrize("mode", ["sequential", "joint"])
+def test_updates_never_wait_for_the_gpu(storage, mode):
+    from agent import make_agent
+    from config import parse
+
+    device = torch.device("cuda")
+    replay = ReplayBuffer(200, (3, 84, 84), 2, 3, 50, device, 0, storage=storage)
+    for i in range(100):
+        frame = torch.zeros(9, 84, 84, dtype=torch.uint8)
+        replay.begin_episode(frame) if i % 50 == 0 else replay.add([0, 0], 0, frame, False)
+    agent = make_agent(parse(["--update_mode", mode]), (9, 84, 84), 2, device)
+    for index in range(2):  # the first calls of a library may wait
+        agent.update(agent.augment(replay.sample(32)), index)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for index in range(4):
+            agent.update(agent.augment(replay.sample(32)), index)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_throughput_benchmark(tmp_path):
+    script = [sys.executable, str(ROOT / "benchmarks" / "throughput.py")]
+    table = tmp_path / "t.json"
+    flags = "--batch_sizes 2 --modes joint --precisions bf16 --updates 2 --decisions 2 --replay_sizes 1000"
+    result = subprocess.run([*script, *flags.split(), "--json", str(table)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(table.read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["plain", "plain", "ours"]
+    plain, _, ours = rows
+    assert ours["bytes_per_transition"] < 21_600 < 120_000 < plain["bytes_per_transition"]
+    # by hand: convolutions and heads of 4 passes forward and one backward, in GFLOP for a batch of 2
+    of_convs = [2 * 9 * (9 if i == 0 else 32) * 32 * size**2 for i, size in enumerate((41, 39, 37, 35))]
+    assert 2 * (6 * sum(of_convs) - of_convs[0]) / 1e9 < ours["gflop"] < 1.3 * 2 * 6 * sum(of_convs) / 1e9
+    assert ours["decisions_per_s_worker"] > 0 and ours["phases_ms"]["environment"] > 0
