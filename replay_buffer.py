@@ -39,7 +39,7 @@ def _turned(images):
 
 def _moved(tensor, device):
     """`tensor` on `device`, without waiting for the copy."""
-    if tensor.device == device:
+    if tensor.device.type == device.type:
         return tensor
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 

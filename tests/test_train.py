@@ -298,17 +298,18 @@ def test_divergence_is_warned_of_once_per_episode(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_creates_nothing(tmp_path, flags, line):
-    result = run(f"{SMALL} {flags}", tmp_path / "runs", cwd=tmp_path)
+    result = run(f"{WORKERS} {flags}", tmp_path / "runs", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"train.py: error: {line}") and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cuda_asked_for_and_not_there(tmp_path):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    result = run(f"{SMALL} --device cuda", tmp_path / "runs", env=environment)
-    assert result.returncode == 2 and result.stderr.startswith("train.py: error: --device cuda: ")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("flag", ["--device cuda", "--replay_device cuda", "--compile"])
+def test_what_is_asked_for_and_not_there(tmp_path, flag):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "CXX": "no-such-compiler"}
+    result = run(f"{SMALL} {flag}", tmp_path / "runs", env=environment)
+    assert result.returncode == 2 and result.stderr.startswith(f"train.py: error: {flag}: ")
+    assert result.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_unwritable_work_dir(tmp_path):

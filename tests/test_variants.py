@@ -434,6 +434,14 @@ def test_diagnostics(small_agent, random_batch):
             "--encoder_type identity --cody_objective published",
             "--cody_objective published: contrasts two augmentations of pixels; identity has none",
         ),
+        (
+            "--encoder_type identity --precision bf16",
+            "--precision bf16: has no effect without --encoder_type pixel or protorl",
+        ),
+        (
+            "--encoder_type identity --update_mode joint",
+            "--update_mode joint: has no effect without --encoder_type pixel or protorl",
+        ),
         ("--updates_per_step 0", "--updates_per_step 0: must be at least 1"),
         ("--divergence_factor 1", "--divergence_factor 1.0: must be above 1"),
     ],
