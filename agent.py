@@ -2,6 +2,8 @@
 
 import functools
 
+import torch
+
 from augment import center_crop, random_crop, random_shift
 from cody import CoDy, PublishedCoDy
 from decoder import Reconstruction
@@ -18,6 +20,8 @@ def make_agent(config, obs_shape, action_dim, device):
             larger = config.pre_transform_image_size > size
             augment = functools.partial(random_crop, size=size) if larger else random_shift
         obs_shape = (obs_shape[0], size, size)
+
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; bf16 is the faster choice
 
     objective = {"dynamics_kl": CoDy, "published": PublishedCoDy}[config.cody_objective]
     make_auxiliary = {

@@ -13,12 +13,12 @@ def random_shift(images, pad=4):
     Returns:
         (B, C, H, W) of the same dtype; one shift per image, the same for all its channels.
     """
-    return _crop_at(images, images.shape[-1], torch.randint(-pad, pad + 1, (len(images), 2)))
+    return _crop_at(images, images.shape[-1], torch.randint(-pad, pad + 1, (len(images), 2), device=images.device))
 
 
 def random_crop(images, size):
     """One random `size` x `size` window of each image: (B, C, H, W) -> (B, C, size, size)."""
-    return _crop_at(images, size, torch.randint(0, images.shape[-1] - size + 1, (len(images), 2)))
+    return _crop_at(images, size, torch.randint(0, images.shape[-1] - size + 1, (len(images), 2), device=images.device))
 
 
 def center_crop(images, size):
@@ -34,7 +34,6 @@ def _crop_at(images, size, corner):
     of memory, as the replay stores them, then the change to channels-last, then rows.
     """
     B, C, H, W = images.shape
-    corner = corner.to(images.device, non_blocking=True)
     steps = torch.arange(size, device=images.device)
     rows = (corner[:, :1] + steps).clamp(0, H - 1)  # (B, size)
     columns = (corner[:, 1:] + steps).clamp(0, W - 1)

@@ -81,11 +81,11 @@ class Config:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the convolutions; parameters, heads and losses are float32 either way."""
     compile: bool = False
-    """torch.compile the networks and losses; the first updates are slow."""
+    """torch.compile the networks, on CUDA with CUDA graphs; the first updates are slow."""
     replay_device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the replay's frames lie; auto is with the networks where they take less than half of the free memory."""
     env_worker: bool = True
-    """Step the environment in a worker while the update runs; the results are the same."""
+    """Step the environment in a process beside the update, and evaluate in up to four; the results are the same."""
 
     # evaluation
     eval_freq: int | None = None
@@ -95,7 +95,7 @@ class Config:
 
     # critic
     critic_lr: float = 1e-3
-    """Adam learning rate of the critic's step: Q networks and encoder."""
+    """Adam learning rate of the critic's step: Q networks and, unless --update_mode joint, encoder."""
     critic_beta: float = 0.9
     """Adam beta1 of the critic, its encoder included."""
     critic_tau: float = 0.01
@@ -132,7 +132,7 @@ class Config:
     encoder_feature_dim: int = 50
     """Dimension d of the latent."""
     encoder_lr: float = 1e-3
-    """Adam learning rate of the encoder in CoDy's step, where cody_lr is added to it."""
+    """Adam learning rate of the encoder in CoDy's step, where cody_lr is added to it; joint: in the one step."""
     encoder_tau: float = 0.05
     """EMA rate of the target encoder and of CoDy's target predictor."""
     num_layers: int = 4

@@ -5,6 +5,7 @@ chosen, and not before.
 """
 
 import difflib
+import functools
 import math
 import os
 import subprocess
@@ -47,6 +48,7 @@ def select_gl_backend():
     raise EnvError(f"{setting}: cannot render; install the Debian packages {packages}")
 
 
+@functools.cache  # a second or more each time
 def _can_draw(backend):
     probe = "from dm_control import mujoco; mujoco.Physics.from_xml_string('<mujoco/>').render(16, 16)"
     environment = {**os.environ, "MUJOCO_GL": backend}
@@ -192,8 +194,6 @@ class DMCEnv(gymnasium.Env):
         return self._env.physics.render(
             height or self._height, width or self._width, self._camera_id if camera_id is None else camera_id
         )
-
-    draw = render  # a name that Gymnasium's wrappers do not take, so that they pass its arguments on
 
     def _observe(self, time_step):
         if not self._from_pixels:

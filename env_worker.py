@@ -4,17 +4,22 @@
 and frames are the same, so a run gives the same numbers with either.
 """
 
-import functools
+import contextlib
+import importlib
+import multiprocessing
 import os
+import pathlib
+import subprocess
+import sys
+from multiprocessing.connection import Connection
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.wrappers import FrameStackObservation, TransformObservation
 
 import dmc2gym
 
-EVAL_WORKERS = 4  # processes of one run's evaluation at most; each takes about as much memory as an idle train.py
+EVAL_WORKERS = 4  # processes of one run's evaluation at most
 
 
 def make_env(config, seed):
@@ -73,30 +78,101 @@ class SerialEnv:
 
 
 class WorkerEnv:
-    """As `SerialEnv`, in a worker process, which also owns the rendering context and ends when this process does."""
+    """As `SerialEnv`, in a process of its own, which also owns the rendering context.
+
+    The worker ends when this process does, however that ends, and Ctrl-C does not reach it. (Gymnasium's
+    AsyncVectorEnv does the same with tracebacks at each.) Several start at once: the first use of each waits for it.
+
+    Raises, from any method:
+        EnvError: what making the environment raised, or that the worker has died.
+    """
 
     def __init__(self, config, seed):
-        make = functools.partial(make_env, config, seed)
-        # spawned, since a forked process inherits a state of threads and CUDA in which rendering may fail
-        self._env = AsyncVectorEnv([make], context="spawn", autoreset_mode=AutoresetMode.DISABLED)
-        self.observation_space, self.action_space = self._env.single_observation_space, self._env.single_action_space
-        self.metadata = self._env.metadata
+        if config.encoder_type != "identity":
+            dmc2gym.select_gl_backend()  # for all workers, which inherit it
+        ours, theirs = multiprocessing.Pipe()
+        with theirs:
+            command = [sys.executable, str(pathlib.Path(__file__).resolve()), str(theirs.fileno())]
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
+        self._pipe, self._spaces = ours, None
+        self._send(config, seed)
+
+    @property
+    def observation_space(self):
+        return self._facts()[0]
+
+    @property
+    def action_space(self):
+        return self._facts()[1]
+
+    @property
+    def metadata(self):
+        return self._facts()[2]
 
     def reset(self, seed=None):
-        return self._env.reset(seed=seed)[0][0]
+        return self._call("reset", seed)
 
     def start(self, action):
-        self._env.step_async(action[None])
+        self._facts()
+        self._send("step", action)
 
     def finish(self):
-        obs, reward, terminated, truncated, _ = self._env.step_wait()
-        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0])
+        return self._receive()
 
     def draw(self, height, width):
-        return self._env.call("draw", height, width)[0]
+        return self._call("draw", height, width)
 
     def close(self):
-        self._env.close(terminate=True)
+        self._pipe.close()
+        self._process.wait()
+
+    def _facts(self):
+        if self._spaces is None:
+            self._spaces = self._receive()
+            if isinstance(self._spaces, Exception):
+                raise self._spaces
+        return self._spaces
+
+    def _call(self, *message):
+        self._facts()
+        self._send(*message)
+        return self._receive()
+
+    def _send(self, *message):
+        with self._alive():
+            self._pipe.send(message)
+
+    def _receive(self):
+        with self._alive():
+            return self._pipe.recv()
+
+    @contextlib.contextmanager
+    def _alive(self):
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            code = self._process.wait()
+            raise dmc2gym.EnvError(f"an environment worker has ended with exit code {code}") from error
+
+
+def work(pipe):
+    """A worker: make the environment of the first message, then answer the others until the caller is gone."""
+    with contextlib.suppress(EOFError, OSError):
+        config, seed = pipe.recv()
+        if config.encoder_type != "identity":
+            importlib.import_module("dm_control.suite")  # with the backend that the caller has chosen
+        try:
+            env = SerialEnv(config, seed)
+        except dmc2gym.EnvError as error:
+            return pipe.send(error)
+        pipe.send((env.observation_space, env.action_space, env.metadata))
+        while True:
+            method, *arguments = pipe.recv()
+            if method == "step":
+                env.start(*arguments)
+                pipe.send(env.finish())
+            else:
+                pipe.send(getattr(env, method)(*arguments))
 
 
 def open_env(config, seed):
@@ -109,3 +185,7 @@ def open_eval_envs(config, episodes):
     if not config.env_worker:
         return [SerialEnv(config, config.seed)]
     return [WorkerEnv(config, config.seed) for _ in range(min(episodes, len(os.sched_getaffinity(0)), EVAL_WORKERS))]
+
+
+if __name__ == "__main__":
+    work(Connection(int(sys.argv[1])))

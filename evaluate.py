@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 from typing import Literal
 
 import numpy as np
@@ -88,8 +89,8 @@ class Args:
     """Write an mp4 of the first episode to this path, which must not exist."""
 
 
-def main():
-    """The command: one JSON line with the mean, the standard deviation and all returns."""
+def run():
+    """One JSON line with the mean, the standard deviation and all returns."""
     try:
         args = parse_flags(Args)
         if args.num_eval_episodes < 1:
@@ -97,16 +98,27 @@ def main():
         if args.video:
             check_video_path(args.video)
             dmc2gym.select_gl_backend()
-        config = load_config(args.run)
+        config = dataclasses.replace(load_config(args.run), compile=False)  # takes longer than the episodes
         device = choose_device(args.device)
         envs = open_eval_envs(config, args.num_eval_episodes)
         agent = make_agent(config, envs[0].observation_space.shape, envs[0].action_space.shape[0], device)
         step = load_model(agent, pathlib.Path(args.run) / "model", args.step)
     except (ConfigError, dmc2gym.EnvError) as error:
         exit_with(error)
-    returns = evaluate(envs, agent, args.num_eval_episodes, eval_seed(config), args.video)
+    try:
+        returns = evaluate(envs, agent, args.num_eval_episodes, eval_seed(config), args.video)
+    except (FloatingPointError, dmc2gym.EnvError) as error:
+        sys.exit(f"{args.run}: stopped: {error}")
     row = {"step": step, "env_step": step * config.action_repeat, **summary(returns), "returns": returns}
     print(json.dumps(row))
+
+
+def main():
+    """The command: `run`; Ctrl-C ends it with exit code 130."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def check_video_path(video):

@@ -133,8 +133,9 @@ class ReplayBuffer:
 
     def _write_frame(self, obs, age):
         slot = self._stream % self.slots
-        channels = self._frames.shape[1]
-        self._frames[slot] = torch.as_tensor(obs[-channels:])
+        channels = self._stored.shape[1]
+        frame = _turned(torch.as_tensor(obs[-channels:])[None]).contiguous()[0]
+        self._stored[slot].copy_(_moved(frame, self._stored.device), non_blocking=True)
         self._ages[slot] = age
         self._finals[slot] = True
         self._stream += 1

@@ -132,6 +132,11 @@ class SAC(nn.Module):
         for network in networks:
             network.compile(dynamic=False, mode=mode)
 
+    def _begin(self):
+        """CUDA graphs: what the networks have computed so far may be overwritten from here."""
+        if self.config.compile:
+            torch.compiler.cudagraph_mark_step_begin()
+
     @torch.no_grad()
     def act(self, obs, sample):
         """Action for one observation: sampled, or tanh of the mean.
@@ -146,6 +151,7 @@ class SAC(nn.Module):
         Raises:
             FloatingPointError: the policy has diverged and gives no finite action, which would break the physics.
         """
+        self._begin()
         obs = self._crop(torch.as_tensor(obs, device=self.device)[None])
         mu, log_std = self.actor(self.encoder.convs(obs))
         action = squashed_sample(mu, log_std, torch.randn_like(mu))[0] if sample else torch.tanh(mu)
@@ -178,8 +184,7 @@ class SAC(nn.Module):
         Returns:
             Metrics, a dictionary of 0-d tensors that stay where they were computed.
         """
-        if self.config.compile:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last update computed may be overwritten from here
+        self._begin()
         auxiliary_due = self.auxiliary is not None and index % self.auxiliary.update_freq == 0
         actor_due = index % self.config.actor_update_freq == 0
         targets_due = index % self.config.critic_target_update_freq == 0
@@ -191,13 +196,13 @@ class SAC(nn.Module):
         """The released order: critic step, then actor, temperature and targets, then the auxiliary task's step."""
         target_encoder = Remembering(self.target_encoder)
         target_q = self.target_q(batch, self.encoder, target_encoder)
+        detach = self.config.detach_encoder
         features = self.encoder.convs(batch.obs)
-        if self.config.detach_encoder:
-            features = features.detach()
-        critic_loss, metrics = self._critic_loss(batch, self.encoder.head(features), target_q)
+        z = self.encoder.head(features.detach() if detach else features)
+        critic_loss, metrics = self._critic_loss(batch, z, target_q)
         metrics["critic_grad_norm"] = self._step(critic_loss, self.critic_optimizer)
         metrics["critic_encoder_grad_norm"] = grad_norm(self._encoder_parameters)
-        if auxiliary_due or actor_due:
+        if not detach and (auxiliary_due or actor_due):
             # The critic's step has changed the convolutions; actor and auxiliary see the same new features.
             with torch.set_grad_enabled(auxiliary_due):
                 features = self.encoder.convs(batch.obs)

@@ -145,7 +145,7 @@ def provenance(config, device):
     }
 
 
-def main():
+def run():
     """Set everything up, then train. Bad input: one line, exit code 2, nothing created."""
     keep_freed_memory()
     try:
@@ -153,8 +153,9 @@ def main():
         device = choose_device(config.device)
         if config.replay_device == "cuda" and device.type != "cuda":
             raise ConfigError(f"--replay_device cuda: the networks run on {device}; use auto or cpu")
-        if config.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-            raise ConfigError("--compile: on CPU it needs a C++ compiler and finds none; install g++")
+        variable, compiler = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
+        if config.compile and not shutil.which(os.environ.get(variable, compiler)):
+            raise ConfigError(f"--compile: needs a compiler and finds none; install {compiler}")
         check_work_dir(config.work_dir)
         seed_everything(config.seed)
         if config.save_video:
@@ -188,12 +189,18 @@ def main():
         train(config, env, eval_envs, replay, agent, logger, folder)
     except FloatingPointError as error:
         sys.exit(f"{folder}: stopped: {logger.explain(error)}")
+    except dmc2gym.EnvError as error:
+        sys.exit(f"{folder}: stopped: {error}")
+    finally:
+        logger.close()
+
+
+def main():
+    """The command: `run`; Ctrl-C ends it with exit code 130."""
+    try:
+        run()
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        for opened in (env, *eval_envs):
-            opened.close()
-        logger.close()
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ def keep_freed_memory():
     except (AttributeError, OSError, TypeError):
         return
     m_trim_threshold, m_mmap_threshold = -1, -3
-    mallopt(m_mmap_threshold, 1 << 30)
-    mallopt(m_trim_threshold, (1 << 31) - 1)
+    if mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 1 << 25):  # older ones take 32 MB at most
+        mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def available_memory(device=None):

@@ -6,12 +6,18 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from agent import make_agent
+from config import parse
+from dmc2gym import EnvError
 from encoder import ConvNet, Remembering
+from env_worker import SerialEnv, WorkerEnv
 from replay_buffer import ReplayBuffer
 from sac import squashed_sample
 from utils import soft_update
@@ -136,10 +142,65 @@ def test_features_are_channels_last_from_storage_on(small_agent):
         assert layer.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_precision_reaches_the_agent(small_agent, random_batch):
+    obs = random_batch().obs
+    fp32, bf16 = (small_agent(f"--precision {precision}") for precision in ("fp32", "bf16"))
+    assert (fp32.encoder.convs.dtype, bf16.target_encoder.convs.dtype) == (torch.float32, torch.bfloat16)
+    assert not torch.equal(fp32.encoder(obs), bf16.encoder(obs))
+
+
+def test_worker_steps_beside_its_caller():
+    """`start` returns while the step is still being made, and `finish` gives what the environment here gives."""
+    config = parse(["--action_repeat", "400", "--image_size", "32"])
+    here, there = SerialEnv(config, 5), WorkerEnv(config, 5)
+    assert (here.observation_space, here.action_space) == (there.observation_space, there.action_space)
+    assert np.array_equal(here.reset(seed=7), there.reset(seed=7))
+    action = here.action_space.sample()
+    here.start(action)
+    started = time.perf_counter()
+    expected = here.finish()
+    alone = time.perf_counter() - started
+    started = time.perf_counter()
+    there.start(action)
+    assert time.perf_counter() - started < alone / 2  # 400 control steps take long
+    obs, *rest = there.finish()
+    assert np.array_equal(obs, expected[0]) and rest == list(expected[1:])
+    assert np.array_equal(here.draw(32, 48), there.draw(32, 48))
+    there.close()
+    with pytest.raises(EnvError, match="an environment worker has ended with exit code 0"):
+        there.reset()
+
+
+def test_what_the_worker_cannot_make_is_the_callers_error():
+    worker = WorkerEnv(parse(["--task_name", "swingdown"]), 5)
+    with pytest.raises(EnvError, match="--task_name swingdown: no such task"):
+        worker.reset()
+
+
+def test_keep_freed_memory_ends_page_faults():
+    """Counted by the system: a block that is freed and taken again is not mapped anew."""
+    script = (
+        "import resource, sys, torch\n"
+        "from utils import keep_freed_memory\n"
+        "if sys.argv[1] == 'kept': keep_freed_memory()\n"
+        "for i in range(12):\n"
+        "    if i == 2: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(16 * 2**20)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    faults = {}
+    for kept in ("kept", "default"):
+        command = [sys.executable, "-c", script, kept]
+        faults[kept] = int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert faults["kept"] < 1000 < 100_000 < faults["default"]  # ten blocks are 163,840 pages
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on CPU")
 def test_compiled_updates_agree(small_agent, random_batch):
     flags = "--num_filters 8"
     plain, compiled, batch = small_agent(flags), small_agent(f"{flags} --compile"), random_batch()
+    assert compiled.encoder.convs._compiled_call_impl and not plain.encoder.convs._compiled_call_impl
+    torch._dynamo.utils.counters.clear()
     for index in range(2):
         torch.manual_seed(index)
         expected = plain.update(batch, index)
@@ -147,27 +208,27 @@ def test_compiled_updates_agree(small_agent, random_batch):
         metrics = compiled.update(batch, index)
         for name in ("critic_loss", "cody_loss"):
             torch.testing.assert_close(metrics[name], expected[name], rtol=1e-3, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 5
     assert compiled.state_dict().keys() == plain.state_dict().keys()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("storage", ["cpu", "cuda"])
-@pytest.mark.parametrize("mode", ["sequential", "joint"])
-def test_updates_never_wait_for_the_gpu(storage, mode):
-    from agent import make_agent
-    from config import parse
-
+@pytest.mark.parametrize("flags", ["", "--update_mode joint", "--precision bf16", "--update_mode joint --compile"])
+def test_updates_never_wait_for_the_gpu(storage, flags):
+    """Acting alone has to wait, for its action."""
     device = torch.device("cuda")
     replay = ReplayBuffer(200, (3, 84, 84), 2, 3, 50, device, 0, storage=storage)
     for i in range(100):
         frame = torch.zeros(9, 84, 84, dtype=torch.uint8)
         replay.begin_episode(frame) if i % 50 == 0 else replay.add([0, 0], 0, frame, False)
-    agent = make_agent(parse(["--update_mode", mode]), (9, 84, 84), 2, device)
-    for index in range(2):  # the first calls of a library may wait
+    agent = make_agent(parse(flags.split()), (9, 84, 84), 2, device)
+    for index in range(4):  # the first calls of a library may wait
         agent.update(agent.augment(replay.sample(32)), index)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for index in range(4):
+            replay.add([0, 0], 0, frame, False)
             agent.update(agent.augment(replay.sample(32)), index)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -5,11 +5,13 @@ import json
 import os
 import pathlib
 import pty
+import random
 import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 
 import imageio.v3 as iio
 import psutil
@@ -380,7 +382,7 @@ def test_benchmark_of_variants(tmp_path):
     assert result.returncode == 2 and result.stderr.startswith("variants.py: error: --domain_name walker")
 
 
-@pytest.mark.parametrize("sent", ["Ctrl-C", "SIGKILL"])
+@pytest.mark.parametrize("sent", ["Ctrl-C", "SIGKILL", "SIGKILL to a worker"])
 def test_a_killed_run_leaves_whole_logs_and_no_process(tmp_path, sent):
     process = subprocess.Popen(
         command("train.py", WORKERS.replace("36", "100000"), tmp_path),
@@ -394,15 +396,21 @@ def test_a_killed_run_leaves_whole_logs_and_no_process(tmp_path, sent):
         pass
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2  # an environment to train in, and one or more to evaluate in
+    folder = only_run(tmp_path)
+    time.sleep(random.random() / 10)  # at any moment of a decision
+    expected = b""
     if sent == "Ctrl-C":
-        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers as well
+        os.killpg(process.pid, signal.SIGINT)
         assert process.wait(timeout=30) == 130
-        assert process.stderr.read() == b""
-    else:
+    elif sent == "SIGKILL":
         process.kill()
+    else:
+        children[0].kill()
+        assert process.wait(timeout=30) == 1
+        expected = f"{folder}: stopped: an environment worker has ended with exit code -9\n".encode()
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
-    folder = only_run(tmp_path)
+    assert process.stderr.read() == expected
     assert rows(folder, "train.log") and rows(folder, "eval.log")
 
 
