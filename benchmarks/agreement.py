@@ -10,6 +10,7 @@ joint, which draws the actor's after CoDy's.
 import dataclasses
 import pathlib
 import sys
+from typing import Literal
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -40,8 +41,8 @@ class Args:
     """Updates of each."""
     batch_size: int = 64
     """Pairs per update."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where."""
 
 
 def losses_of(flags, args, device):
@@ -62,6 +63,8 @@ def main():
     keep_freed_memory()
     try:
         args = parse_flags(Args)
+        if args.updates < 1:
+            raise ConfigError(f"--updates {args.updates}: must be at least 1")
         device = choose_device(args.device)
         faithful = losses_of([], args, device)
     except (ConfigError, EnvError) as error:

@@ -76,6 +76,8 @@ def main():
             print(f"{step:10,} {readings[-1][1]:12.0f} {readings[-1][2]:11.0f}", flush=True)
     if running.wait():
         sys.exit(running.returncode)
+    if not readings:
+        sys.exit("the run was shorter than --every")
     steady = [reading for reading in readings if readings[-1][0] / 4 <= reading[0] and reading[1] > 0]
     (first, before, _), (last, after, _) = steady[0], steady[-1]
     print(

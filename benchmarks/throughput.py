@@ -11,7 +11,7 @@ the allocator settings that the project applies by itself. Times are medians ove
 steps actor and targets). FLOPs are counted by torch's FlopCounterMode; `of peak` is the time that they would take at
 the matmul rate of their own dtype, measured in the same process, over the time that they took. `decisions/s` are
 whole decisions on real pixels: act, environment step, store, sample, augment, update; in brackets with the
-environment in a worker.
+environment in a worker. `peak GB` is the process's own memory, without workers.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Literal
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -34,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from agent import make_agent  # noqa: E402
 from config import ConfigError, exit_with, parse, parse_flags  # noqa: E402
+from dmc2gym import EnvError  # noqa: E402
 from env_worker import open_env  # noqa: E402
 from evaluate import choose_device  # noqa: E402
 from replay_buffer import ReplayBuffer  # noqa: E402
@@ -65,8 +67,8 @@ class Args:
     """<domain>-<task> of the whole decisions."""
     replay_sizes: str = ""
     """Transitions in replays to sample from, for the table of sampling times."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where."""
     json: str = ""
     """Also write everything to this file."""
     row: str = ""
@@ -171,14 +173,19 @@ def matmul_peak(dtype, device, n=2048):
     return 2 * n**3 / best
 
 
-def measure(row):
-    """Everything about one row: {kind, agent, batch_size, precision, update_mode, ...} -> the same with figures."""
-    task = dict(zip(("domain_name", "task_name"), row["task"].split("-"), strict=True))
-    flags = {**task, "batch_size": row["batch_size"], "device": row["device"], "num_train_steps": 100_000}
+def config_of(row):
+    """The config of a row."""
+    domain, _, task = row["task"].partition("-")
+    flags = {"domain_name": domain, "task_name": task, "batch_size": row["batch_size"], "device": row["device"]}
     if row["kind"] == "ours":
         flags.update(agent=row["agent"], precision=row["precision"], update_mode=row["update_mode"])
     compiled = ["--compile"] if row["compile"] else []
-    config = parse([part for name, value in flags.items() for part in (f"--{name}", str(value))] + compiled)
+    return parse([part for name, value in flags.items() for part in (f"--{name}", str(value))] + compiled)
+
+
+def measure(row):
+    """Everything about one row: {kind, agent, batch_size, precision, update_mode, ...} -> the same with figures."""
+    config = config_of(row)
     device = choose_device(config.device)
     seed_everything(0)
     size = config.image_size
@@ -193,13 +200,13 @@ def measure(row):
     subject = {"ours": Ours, "plain": Plain}[row["kind"]](row, config, shape, actions, device)
     phases, index = Phases(device), 0
 
-    def update():
+    def update(timed=contextlib.nullcontext):
         nonlocal index
-        with phases.of("sample"):
+        with timed("sample"):
             batch = subject.sample(config.batch_size)
-        with phases.of("augment"):
+        with timed("augment"):
             batch = subject.augment(batch)
-        with phases.of("forward"):
+        with timed("forward"):
             subject.update(batch, index)
         index += 1
 
@@ -222,7 +229,7 @@ def measure(row):
     phases.seconds = dict.fromkeys(PHASES, 0.0)
     with phases.inside_update():
         for _ in range(row["updates"]):
-            update()
+            update(phases.of)
     result = {
         "ms": 1e3 * seconds,
         "gflop": sum(flops.values()) / 1e9,
@@ -234,7 +241,7 @@ def measure(row):
     }
     for name, env in zip(("serial", "worker"), envs, strict=False):
         obs = env.reset()
-        subject.store(env.action_space.sample(), 0.0, obs)
+        subject.store(subject.act(obs), 0.0, obs)  # compiled by now, if it is to be
         start = phases.now()
         for _ in range(row["decisions"]):
             action = subject.act(obs)
@@ -258,9 +265,9 @@ def measure(row):
 def in_own_process(row):
     """`measure`, in a new process."""
     command = [sys.executable, __file__, "--row", json.dumps(row)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RuntimeError(f"{row}: {done.stderr.strip()}")
+        sys.exit(done.returncode)  # it has said why
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -324,8 +331,12 @@ def main():
         args = parse_flags(Args)
         if args.row:
             return print(json.dumps(measure(json.loads(args.row))))
+        if args.updates < 2 or args.decisions < 0:
+            raise ConfigError(f"--updates {args.updates} --decisions {args.decisions}: at least 2 and 0")
         device = choose_device(args.device)
-    except ConfigError as error:
+        for row in rows_of(args):
+            config_of(row)
+    except (ConfigError, EnvError) as error:
         exit_with(error)
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit.strip()}")
