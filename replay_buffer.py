@@ -183,12 +183,11 @@ class ReplayBuffer:
         # k + 2 frames hold all three observations; those before the episode's start repeat its first frame
         back = np.minimum(np.arange(k, -2, -1), self._ages[slots][:, None])  # (B, k + 2)
         window = (positions[:, None] - back) % self.slots
-        window = _moved(torch.as_tensor(window.ravel()), self._stored.device)
-        frames = _moved(self._stored.index_select(0, window), self.device)
-        frames = frames.view(len(positions), k + 2, *self._stored.shape[1:])
 
         def stack(first):
-            return _turned(frames[:, first : first + k].flatten(1, 2))
+            slots = _moved(torch.as_tensor(window[:, first : first + k].ravel()), self._stored.device)
+            frames = _moved(self._stored.index_select(0, slots), self.device)
+            return _turned(frames.view(len(positions), -1, *self._stored.shape[2:]))
 
         def floats(values):
             return _moved(torch.as_tensor(values.reshape(len(positions), -1)), self.device)

@@ -14,6 +14,7 @@ whole decisions on real pixels: act, environment step, store, sample, augment, u
 environment in a worker. `peak GB` is the process's own memory, without workers.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -31,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import numpy as np  # noqa: E402
 import plain  # noqa: E402
 import torch  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode, flop_registry  # noqa: E402
 
 from agent import make_agent  # noqa: E402
 from config import ConfigError, exit_with, parse, parse_flags  # noqa: E402
@@ -173,6 +174,24 @@ def matmul_peak(dtype, device, n=2048):
     return 2 * n**3 / best
 
 
+def flops_of(function):
+    """FLOPs of a call by torch's FlopCounterMode, by dtype."""
+    by_dtype = collections.Counter()
+
+    def tallied(formula):
+        def count(*args, **kwargs):
+            flops = formula(*args, **kwargs)
+            by_dtype[next(arg.dtype for arg in args if isinstance(arg, torch.Tensor))] += flops
+            return flops
+
+        count._get_raw = True  # FlopCounterMode's mark of a formula that takes tensors, not shapes
+        return count
+
+    with FlopCounterMode(display=False, custom_mapping={op: tallied(f) for op, f in flop_registry.items()}):
+        function()
+    return by_dtype
+
+
 def config_of(row):
     """The config of a row."""
     domain, _, task = row["task"].partition("-")
@@ -212,11 +231,8 @@ def measure(row):
 
     for _ in range(4 if not row["compile"] else 8):
         update()
-    with FlopCounterMode(display=False) as counter:
-        update(), update()
-    flops = {str(op): count / 2 for op, count in counter.get_flop_counts()["Global"].items()}
-    of_convs = sum(count for op, count in flops.items() if "conv" in op)
-    of_rest = sum(flops.values()) - of_convs
+    flops = flops_of(lambda: (update(), update()))
+    flops = {name: flops[dtype] / 2 for name, dtype in DTYPES.items()}
 
     times = []
     for _ in range(row["updates"] // 2):
@@ -224,7 +240,7 @@ def measure(row):
         update(), update()
         times.append((phases.now() - start) / 2)
     seconds = statistics.median(times)
-    ideal = of_convs / peaks[row["precision"]] + of_rest / peaks["fp32"]
+    ideal = sum(flops[name] / peaks[name] for name in DTYPES)
 
     phases.seconds = dict.fromkeys(PHASES, 0.0)
     with phases.inside_update():

@@ -183,8 +183,8 @@ def test_keep_freed_memory_ends_page_faults():
         "import resource, sys, torch\n"
         "from utils import keep_freed_memory\n"
         "if sys.argv[1] == 'kept': keep_freed_memory()\n"
-        "for i in range(12):\n"
-        "    if i == 2: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for i in range(40):\n"  # the heap needs some rounds to find its shape
+        "    if i == 30: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.ones(16 * 2**20)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
     )
