@@ -70,15 +70,17 @@ def main():
             time.sleep(args.every)
             step = steps_of(pathlib.Path(work_dir))
             try:
-                readings.append((step, megabytes([process]), megabytes(process.children(recursive=True))))
+                reading = (step, megabytes([process]), megabytes(process.children(recursive=True)))
             except psutil.NoSuchProcess:
                 break
-            print(f"{step:10,} {readings[-1][1]:12.0f} {readings[-1][2]:11.0f}", flush=True)
+            if reading[1]:  # it may have ended meanwhile
+                readings.append(reading)
+                print(f"{step:10,} {reading[1]:12.0f} {reading[2]:11.0f}", flush=True)
     if running.wait():
         sys.exit(running.returncode)
     if not readings:
         sys.exit("the run was shorter than --every")
-    steady = [reading for reading in readings if readings[-1][0] / 4 <= reading[0] and reading[1] > 0]
+    steady = [reading for reading in readings if readings[-1][0] / 4 <= reading[0]]
     (first, before, _), (last, after, _) = steady[0], steady[-1]
     print(
         f"train.py from decision {first:,} to {last:,}: {after - before:+.0f} MB ({100 * (after / before - 1):+.1f} %)"
