@@ -7,6 +7,7 @@ show their relative difference from it, |a - b| / |b|. Every agent draws the sam
 joint, which draws the actor's after CoDy's.
 """
 
+import copy
 import dataclasses
 import pathlib
 import sys
@@ -45,10 +46,10 @@ class Args:
     """Where."""
 
 
-def losses_of(flags, args, device):
+def losses_of(flags, args, device, replay, shape, actions):
     """{loss: (updates,) tensor} of a fresh agent."""
     config = parse(["--batch_size", str(args.batch_size), *flags])
-    replay, shape, actions = filled_replay(config, 300, device)
+    replay = copy.deepcopy(replay)  # each samples the same
     seed_everything(0)
     agent = make_agent(config, shape, actions, device)
     history = []
@@ -66,10 +67,11 @@ def main():
         if args.updates < 1:
             raise ConfigError(f"--updates {args.updates}: must be at least 1")
         device = choose_device(args.device)
-        faithful = losses_of([], args, device)
+        filled = filled_replay(parse(["--batch_size", str(args.batch_size)]), 300, device)
     except (ConfigError, EnvError) as error:
         exit_with(error)
-    others = {name: losses_of(flags, args, device) for name, flags in SUBJECTS.items()}
+    faithful = losses_of([], args, device, *filled)
+    others = {name: losses_of(flags, args, device, *filled) for name, flags in SUBJECTS.items()}
     shown = [i for i in (0, 1, 2, 9, 24, 49, 74, 99) if i < args.updates]
     for loss in LOSSES:
         print(f"\n{loss:12} {'fp32':>9}" + "".join(f"{name:>12}" for name in others))

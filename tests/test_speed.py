@@ -248,3 +248,17 @@ def test_throughput_benchmark(tmp_path):
     of_convs = [2 * 9 * (9 if i == 0 else 32) * 32 * size**2 for i, size in enumerate((41, 39, 37, 35))]
     assert 2 * (6 * sum(of_convs) - of_convs[0]) / 1e9 < ours["gflop"] < 1.3 * 2 * 6 * sum(of_convs) / 1e9
     assert ours["decisions_per_s_worker"] > 0 and ours["phases_ms"]["environment"] > 0
+
+
+@pytest.mark.parametrize(
+    "script, flags, expected",
+    [
+        ("changes.py", "--batch_size 2 --repeats 1", "random shift"),
+        ("agreement.py", "--updates 2 --batch_size 2", "fp32 sequential, run twice: bit-identical"),
+    ],
+)
+def test_other_benchmarks(script, flags, expected):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *flags.split()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert expected in result.stdout
