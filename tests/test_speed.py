@@ -192,7 +192,7 @@ def test_keep_freed_memory_ends_page_faults():
     for kept in ("kept", "default"):
         command = [sys.executable, "-c", script, kept]
         faults[kept] = int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
-    assert faults["kept"] < 1000 < 100_000 < faults["default"]  # ten blocks are 163,840 pages
+    assert faults["kept"] < faults["default"] / 10  # ten blocks are 163,840 pages of 4 KB
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on CPU")
