@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils import Linear
+
 
 class ConvNet(nn.Module):
     """Pixels to flat conv features: 3x3 convolutions with strides 2, 1, 1, ..., a ReLU after each.
@@ -45,29 +47,12 @@ class ConvNet(nn.Module):
         return h.permute(0, 2, 3, 1).flatten(1).float()
 
 
-class FeatureLinear(nn.Linear):
-    """Linear layer on flat conv features (B, feature_dim), which end in `channels`.
-
-    On CPU as a convolution over all positions, which multiplies such a thin matrix in half the time.
-    """
-
-    def __init__(self, feature_dim, out_dim, channels):
-        super().__init__(feature_dim, out_dim)
-        self.channels = channels
-
-    def forward(self, h):
-        if h.device.type != "cpu":
-            return super().forward(h)
-        h, weight = (x.unflatten(1, (-1, 1, self.channels)).permute(0, 3, 1, 2) for x in (h, self.weight))
-        return F.conv2d(h, weight, self.bias).flatten(1)
-
-
 class LatentHead(nn.Module):
     """Flat conv features to the latent: linear, LayerNorm, tanh if asked for. (B, feature_dim) -> (B, d)."""
 
-    def __init__(self, feature_dim, latent_dim, channels, tanh=False):
+    def __init__(self, feature_dim, latent_dim, tanh=False):
         super().__init__()
-        self.fc = FeatureLinear(feature_dim, latent_dim, channels)
+        self.fc = Linear(feature_dim, latent_dim)
         self.ln = nn.LayerNorm(latent_dim)
         self.squash = nn.Tanh() if tanh else nn.Identity()
 
@@ -88,28 +73,31 @@ class Encoder(nn.Module):
 
 
 class Remembering:
-    """An encoder, without gradient, that computes the conv features of each observation tensor once.
+    """An encoder, without gradient, that computes the conv features and the latents of each tensor once.
 
     Right for as long as its parameters stand still: make a new one after each of their steps.
     """
 
     def __init__(self, encoder):
         self._encoder = encoder
-        self._seen = []  # (observations, their features)
+        self._seen = []  # (function, its argument, its result)
 
-    @torch.no_grad()
     def convs(self, obs):
         """As `Encoder.convs`."""
-        for known, features in self._seen:
-            if known is obs:
-                return features
-        self._seen.append((obs, self._encoder.convs(obs)))
-        return self._seen[-1][1]
+        return self._once(self._encoder.convs, obs)
 
-    @torch.no_grad()
     def __call__(self, obs):
         """As `Encoder.forward`."""
-        return self._encoder.head(self.convs(obs))
+        return self._once(self._encoder.head, self.convs(obs))
+
+    @torch.no_grad()
+    def _once(self, function, x):
+        for known_function, known, result in self._seen:
+            if known_function is function and known is x:
+                return result
+        result = function(x)
+        self._seen.append((function, x, result))
+        return result
 
 
 class EncoderParts(NamedTuple):
@@ -135,8 +123,8 @@ def _pixel(config, obs_shape):
     sizes = (convs.feature_dim, config.encoder_feature_dim)
     tanh = config.agent == "sac_ae"  # SAC+AE bounds its latent, CoDy does not
     return EncoderParts(
-        Encoder(convs, LatentHead(*sizes, config.num_filters, tanh), *sizes),
-        actor_head=LatentHead(*sizes, config.num_filters, tanh),
+        Encoder(convs, LatentHead(*sizes, tanh), *sizes),
+        actor_head=LatentHead(*sizes, tanh),
         critic_input=nn.Identity(),
     )
 
@@ -146,8 +134,8 @@ def _protorl(config, obs_shape):
     convs = _convs(config, obs_shape, offset=0.5)
     sizes = (convs.feature_dim, config.encoder_feature_dim)
     return EncoderParts(
-        Encoder(convs, FeatureLinear(*sizes, config.num_filters), *sizes),
-        actor_head=LatentHead(*sizes, config.num_filters, tanh=True),
+        Encoder(convs, Linear(*sizes), *sizes),
+        actor_head=LatentHead(*sizes, tanh=True),
         critic_input=nn.Sequential(nn.LayerNorm(sizes[1]), nn.Tanh()),
     )
 

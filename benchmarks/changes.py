@@ -26,7 +26,7 @@ from throughput import DTYPES, matmul_peak  # noqa: E402
 from agent import make_agent  # noqa: E402
 from augment import random_shift  # noqa: E402
 from config import ConfigError, exit_with, parse, parse_flags  # noqa: E402
-from utils import keep_freed_memory, seed_everything, soft_update  # noqa: E402
+from utils import Linear, keep_freed_memory, seed_everything, soft_update  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -62,6 +62,8 @@ def changes(B):
     last = pixels.contiguous(memory_format=torch.channels_last)  # as the augmentation returns it
     floats = pixels.float()
     h = torch.relu(torch.randn(B, 32, 35, 35)).contiguous(memory_format=torch.channels_last)
+    hidden = torch.randn(B, config.hidden_dim, requires_grad=True)
+    flat = h.permute(0, 2, 3, 1).flatten(1).requires_grad_()
     convs, plain_convs = agent.encoder.convs, reference.critic.encoder.convs
 
     def plain_stack():
@@ -84,6 +86,11 @@ def changes(B):
             torch.autograd.grad(stack(), parameters, gradient)
 
         return call
+
+    def linear(kind, x, outputs):
+        layer = kind(x.shape[1], outputs)
+        leaves, gradient = [x, *layer.parameters()], torch.randn(B, outputs)
+        return lambda: torch.autograd.grad(layer(x), leaves, gradient)
 
     def shift_plain():
         padded = F.pad(floats, (4, 4, 4, 4), mode="replicate")
@@ -114,6 +121,16 @@ def changes(B):
             2,
         ),
         "flatten to the head": (lambda: h.flatten(1), lambda: h.permute(0, 2, 3, 1).flatten(1), 5.5),
+        "head, forward and backward": (
+            linear(torch.nn.Linear, flat, config.encoder_feature_dim),
+            linear(Linear, flat, config.encoder_feature_dim),
+            2.5,
+        ),
+        "hidden layer, forward and backward": (
+            linear(torch.nn.Linear, hidden, config.hidden_dim),
+            linear(Linear, hidden, config.hidden_dim),
+            5,
+        ),
         "encoder's Adam in the CoDy step": (lambda: [o.step() for o in two], one.step, 1),
         "EMA of the encoder": (
             lambda: plain.PlainAgent.soft_update(agent.encoder, theirs, 0.05),

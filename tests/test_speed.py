@@ -20,7 +20,7 @@ from encoder import ConvNet, Remembering
 from env_worker import SerialEnv, WorkerEnv
 from replay_buffer import ReplayBuffer
 from sac import squashed_sample
-from utils import soft_update
+from utils import Linear, soft_update
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -103,6 +103,20 @@ def test_convolutions_agree_with_plain_ones_on_scaled_pixels():
     torch.testing.assert_close(net(obs), h.permute(0, 2, 3, 1).flatten(1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch, inputs, outputs", [(1, 7, 3), (5, 32, 32), (16, 4608, 50)])
+def test_linear_agrees_with_the_plain_product(batch, inputs, outputs):
+    torch.manual_seed(0)
+    linear, h = Linear(inputs, outputs), torch.randn(batch, inputs, requires_grad=True)
+    gradient = torch.randn(batch, outputs)
+    leaves = [h, linear.weight, linear.bias]
+    ours = linear(h)
+    product = h @ linear.weight.T + linear.bias
+    torch.testing.assert_close(ours, product, rtol=1e-5, atol=1e-5)
+    pairs = zip(*(torch.autograd.grad(out, leaves, gradient) for out in (ours, product)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("index, passes", [(1, 5), (2, 6)])
 def test_conv_passes_of_one_sequential_update(small_agent, random_batch, index, passes):
     """o_t before and after the critic's step, o_{t+1} online, targets of o_{t+1} and o_{t-1}; the targets' features of
@@ -126,6 +140,7 @@ def test_remembering(small_agent, random_batch):
     first = remembering.convs(batch.obs)
     assert remembering.convs(batch.obs) is first and not first.requires_grad
     assert torch.equal(remembering(batch.obs), encoder(batch.obs))
+    assert remembering(batch.obs) is remembering(batch.obs)
     assert torch.equal(remembering(batch.next_obs), encoder(batch.next_obs))
 
 
