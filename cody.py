@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import Linear, mlp, soft_update, weight_init
+from utils import mlp, soft_update, weight_init
 
 EXTREME_LOG_STD = 3.0  # a posterior dimension counts as extreme beyond a standard deviation of e^3, or below e^-3
 PUBLISHED_TAU = 0.005  # EMA rate of the published objective's own targets
@@ -36,7 +36,7 @@ class GaussianDynamics(nn.Module):
 def action_code(action_dim, hidden_dim=512, code_dim=16):
     """u(a): (B, |A|) -> (B, code_dim)."""
     return nn.Sequential(
-        Linear(action_dim, hidden_dim), nn.ReLU(), Linear(hidden_dim, code_dim), nn.LayerNorm(code_dim)
+        nn.Linear(action_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, code_dim), nn.LayerNorm(code_dim)
     )
 
 
@@ -135,7 +135,7 @@ class CoDy(_Auxiliary):
 
         self.projection = {
             "mlp": lambda: mlp(u_dim, hidden_dim, u_dim, hidden_layers=1),
-            "linear": lambda: Linear(u_dim, u_dim),
+            "linear": lambda: nn.Linear(u_dim, u_dim),
             "none": nn.Identity,
         }[c.projection]()
         self.predictor = mlp(u_dim, hidden_dim, d, hidden_layers=c.predictor_layers - 1)

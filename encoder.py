@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import Linear
-
 
 class ConvNet(nn.Module):
     """Pixels to flat conv features: 3x3 convolutions with strides 2, 1, 1, ..., a ReLU after each.
@@ -52,7 +50,7 @@ class LatentHead(nn.Module):
 
     def __init__(self, feature_dim, latent_dim, tanh=False):
         super().__init__()
-        self.fc = Linear(feature_dim, latent_dim)
+        self.fc = nn.Linear(feature_dim, latent_dim)
         self.ln = nn.LayerNorm(latent_dim)
         self.squash = nn.Tanh() if tanh else nn.Identity()
 
@@ -134,7 +132,7 @@ def _protorl(config, obs_shape):
     convs = _convs(config, obs_shape, offset=0.5)
     sizes = (convs.feature_dim, config.encoder_feature_dim)
     return EncoderParts(
-        Encoder(convs, Linear(*sizes), *sizes),
+        Encoder(convs, nn.Linear(*sizes), *sizes),
         actor_head=LatentHead(*sizes, tanh=True),
         critic_input=nn.Sequential(nn.LayerNorm(sizes[1]), nn.Tanh()),
     )

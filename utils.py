@@ -8,7 +8,6 @@ import subprocess
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -63,26 +62,13 @@ def git_commit():
         return None
 
 
-class Linear(nn.Linear):
-    """Linear layer, (B, in) -> (B, out).
-
-    On CPU as a convolution whose kernel is as long as its input, which oneDNN multiplies in half the time of torch's
-    own product on some processors.
-    """
-
-    def forward(self, h):
-        if h.device.type != "cpu":
-            return super().forward(h)
-        return F.conv1d(h[:, None], self.weight[:, None], self.bias).flatten(1)
-
-
 def mlp(input_dim, hidden_dim, output_dim, hidden_layers):
     """Linear layers with a ReLU after each but the last: (B, input_dim) -> (B, output_dim)."""
     layers = []
     for _ in range(hidden_layers):
-        layers += [Linear(input_dim, hidden_dim), nn.ReLU()]
+        layers += [nn.Linear(input_dim, hidden_dim), nn.ReLU()]
         input_dim = hidden_dim
-    return nn.Sequential(*layers, Linear(input_dim, output_dim))
+    return nn.Sequential(*layers, nn.Linear(input_dim, output_dim))
 
 
 def weight_init(module):

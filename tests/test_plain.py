@@ -1,14 +1,8 @@
 """The benchmark's plain baseline does the same update as the project: an independent writing of all of it."""
 
-import pathlib
-import sys
-
 import pytest
 import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
-
-from plain import PlainAgent, augment  # noqa: E402
+from plain import PlainAgent, augment
 
 
 def channels_first(weight):

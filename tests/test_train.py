@@ -370,18 +370,6 @@ def test_readings_count_by_their_updates(tmp_path):
     logger.close()
 
 
-def test_benchmark_of_variants(tmp_path):
-    flags = ["--updates", "2", "--batch_size", "2", "--only", "kl_prior_none state", "--json", str(tmp_path / "v.json")]
-    script = [sys.executable, str(ROOT / "benchmarks" / "variants.py"), *flags]
-    result = subprocess.run(script, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    table = json.loads((tmp_path / "v.json").read_text())
-    assert set(table) == {"default", "kl_prior_none", "state", "default again"} and table["default"]["ratio"] == 1
-    assert table["kl_prior_none"]["parameters"] < table["default"]["parameters"]
-    result = subprocess.run([*script[:2], "--task", "walker"], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("variants.py: error: --domain_name walker")
-
-
 @pytest.mark.parametrize("sent", ["Ctrl-C", "SIGKILL", "SIGKILL to a worker"])
 def test_a_killed_run_leaves_whole_logs_and_no_process(tmp_path, sent):
     process = subprocess.Popen(

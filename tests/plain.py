@@ -1,4 +1,4 @@
-"""The default update of CoDy + SAC written in the plainest way: the baseline of benchmarks/throughput.py.
+"""The default update of CoDy + SAC written in the plainest way: an oracle for the tests.
 
 The equations of docs/algorithm.md with the published sizes, and none of the project's code: contiguous NCHW float32,
 every network computes its own features, two Adams step the encoder for CoDy, the replay stores both stacks of every
