@@ -131,7 +131,7 @@ class CoDy(_Auxiliary):
         looks_back = c.kl_prior in ("learned", "shared")
         self._q = self._dynamics_prior if looks_back else {"unit_gaussian": unit_gaussian, "none": None}[c.kl_prior]
         # o_{t-1} is augmented and encoded only where a prior looks at it
-        self.views = {"obs_prev": "obs_prev"} if looks_back else {}
+        self.augmented = {"obs_prev": "obs_prev"} if looks_back else {}
 
         self.projection = {
             "mlp": lambda: mlp(u_dim, hidden_dim, u_dim, hidden_layers=1),
@@ -217,7 +217,7 @@ class PublishedCoDy(_Auxiliary):
     Args as for `CoDy`.
     """
 
-    views = {"second_obs": "obs"}
+    augmented = {"second_obs": "obs"}
 
     def __init__(self, config, latent_dim, action_dim):
         super().__init__(config)

@@ -56,7 +56,7 @@ class Reconstruction(nn.Module):
         latent_dim: d.
     """
 
-    views = {}
+    augmented = {}
 
     def __init__(self, config, obs_shape, latent_dim):
         super().__init__()

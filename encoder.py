@@ -70,8 +70,8 @@ class Encoder(nn.Module):
         return self.head(self.convs(obs))
 
 
-class Remembering:
-    """An encoder, without gradient, that computes the conv features and the latents of each tensor once.
+class CachedEncoder:
+    """An encoder without gradient that computes the conv features and the latents of each tensor once.
 
     Right for as long as its parameters stand still: make a new one after each of their steps.
     """

@@ -6,6 +6,7 @@ import math
 import pathlib
 import statistics
 import sys
+import time
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ TRAIN_COLUMNS = {
     "mi_bound": "MI",
     "kl": "KL",
     "duration": "D",
+    "decisions_per_s": "D/S",
+    "wall_seconds": "T",
 }
 MEDIAN_WINDOW = 20  # readings in the running median of the divergence warning; it needs half of them
 EVAL_COLUMNS = {"episode": "E", "step": "S", "episode_reward": "R", "duration": "D"}
@@ -46,6 +49,8 @@ class Logger:
         self._means = []  # metrics of the intervals read since the last train row, and their numbers of updates
         self._last = "none"  # the last metrics read, for the message of a run that stops
         self._step = 0
+        self._start = self._row_time = time.time()
+        self._row_step, self._row_updates = 0, 0  # decisions before the last train row, updates since
         self._divergence_factor = config.divergence_factor
         self._watched = {name: collections.deque(maxlen=MEDIAN_WINDOW) for name in ("kl", "critic_loss")}
         self._warned = False  # in this episode
@@ -55,6 +60,7 @@ class Logger:
     def record(self, step, metrics):
         """Keep an update's metrics (tensors) where they are until `read`."""
         self._unread.append((step, metrics))
+        self._row_updates += 1
 
     def read(self):
         """Bring the recorded metrics to the host: their means go to TensorBoard and into the next train row.
@@ -108,25 +114,36 @@ class Logger:
             window.append(means[name])
 
     def train_row(self, step, **values):
-        """End of a training episode: its values and the means of what was read since the last row."""
+        """End of a training episode: its values, how fast it was, and the means of what was read since the last row."""
+        now = time.time()
+        seconds = now - self._row_time  # without the evaluations
+        rates = {
+            "duration": seconds,
+            "decisions_per_s": (step - self._row_step) / seconds,
+            "updates_per_s": self._row_updates / seconds,
+            "wall_seconds": now - self._start,
+        }
+        values.update(rates)
+        self._row_time, self._row_step, self._row_updates = now, step, 0
         for name in dict.fromkeys(name for _, means in self._means for name in means):
             weighted = [(updates, np.array(means[name])) for updates, means in self._means if name in means]
             values[name] = (sum(n * mean for n, mean in weighted) / sum(n for n, _ in weighted)).tolist()
         self._means = []
         self._warned = False
         self._row("train", step, values, TRAIN_COLUMNS, "yellow")
-        if self._writer:
-            episode = {name: values[name] for name in ("episode_reward", "duration")}
-            self._scalars("train", step, episode)
+        self._scalars("train", step, {"episode_reward": values["episode_reward"], **rates})
 
     def eval_row(self, step, **values):
-        """End of an evaluation."""
+        """End of an evaluation, which took `values["duration"]` seconds."""
+        self.read()  # a loss that is not finite stops the run here at the latest
+        self._row_time += values["duration"]  # the training episode stood still meanwhile
         self._row("eval", step, values, EVAL_COLUMNS, "green")
         scalars = {name: value for name, value in values.items() if isinstance(value, float)}
         self._scalars("eval", step, scalars)
 
     def media(self, step, images, named_parameters):
         """TensorBoard only: {name: (N, 3, H, W)} images, and histograms of parameters."""
+        self.read()  # parameters that are not finite have no histogram: the loss says so better
         if not self._writer:
             return
         env_step = step * self._action_repeat
@@ -171,6 +188,6 @@ def _finite_or_null(value):
 
 
 def _cell(name, value):
-    if name == "duration":
+    if name in ("duration", "wall_seconds"):
         return f"{value:.1f} s"
     return str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -48,49 +48,36 @@ class ReplayBuffer:
     """Ring buffer of single frames.
 
     Args:
-        capacity: transitions to hold. With episodes that end early the final frames take more slots than planned
-            and the buffer holds a little less.
-        frame_shape: (channels, H, W) of one frame, or (n,) of a state.
+        config: see config.py. It holds `replay_buffer_capacity` transitions, no more than the run makes; with episodes
+            that end early the final frames take more slots than planned and it holds a little less.
+        obs_space: of the stacked observations, uint8 (C, H, W), or float32 (C,) of a state.
         action_dim: |A|.
-        frame_stack: frames in an observation.
-        episode_steps: transitions in a full episode, for planning the slots of final frames.
-        device: where batches go.
-        storage: where the frames lie: "cpu", "cuda", or "auto", on `device` if they take less than half of its free
-            memory.
-        seed: seed of the sampling.
-        dtype: of the frames.
+        device: where batches go. The frames lie where `--replay_device` says.
 
     Raises:
         MemoryError: the frames do not fit in the memory that is available now; one line.
     """
 
-    def __init__(
-        self,
-        capacity,
-        frame_shape,
-        action_dim,
-        frame_stack,
-        episode_steps,
-        device,
-        seed,
-        dtype=torch.uint8,
-        storage="cpu",
-    ):
-        self.slots = capacity + capacity // episode_steps + 2
-        self.frame_stack = frame_stack
+    def __init__(self, config, obs_space, action_dim, device):
+        capacity = min(config.replay_buffer_capacity, config.num_train_steps)
+        self.slots = capacity + capacity // config.max_episode_steps + 2
+        self.frame_stack = config.frame_stack
         self.device = device
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(config.seed)
         self._stream = 0  # frames written since the start
         self._first = 0  # first of them that was stored; not 0 after `load` of a part
         self._saved = 0  # frames written to disk by `save`
 
+        frame_shape = (obs_space.shape[0] // config.frame_stack, *obs_space.shape[1:])
+        dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
         size = self.slots * math.prod(frame_shape) * dtype.itemsize
+        storage = config.replay_device
         if storage == "auto":
             storage = device if size < available_memory(device) / 2 else "cpu"
         storage = torch.device(storage)
         available = available_memory(storage)
         too_large = (
-            f"--replay_buffer_capacity {capacity}: its frames take {size / 1e9:.1f} GB and "
+            f"--replay_buffer_capacity {config.replay_buffer_capacity}: its frames take {size / 1e9:.1f} GB and "
             f"{available / 1e9:.1f} GB of memory are available on {storage}"
         )
         if size > available:

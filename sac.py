@@ -7,7 +7,7 @@ auxiliary is a module with
     encoder_lr: rate of the encoder in its step
     update_targets() -> EMA step of its own targets
     update_freq -> updates between its steps
-    views -> {field of Batch: field it is an augmentation of}, beside `obs` and `next_obs`
+    augmented -> {field of Batch: field it is an augmentation of}, beside `obs` and `next_obs`
     images(batch, encoder) -> {name: (N, 3, H, W)} to look at
 """
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encoder import Remembering, make_encoder
+from encoder import CachedEncoder, make_encoder
 from utils import grad_norm, mlp, soft_update, weight_init
 
 
@@ -93,7 +93,9 @@ class SAC(nn.Module):
         self.actor = Actor(actor_head, latent_dim, action_dim, config.hidden_dim, *std_range)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(config.init_temperature)))
         self.auxiliary = make_auxiliary(latent_dim)
-        self._views = {**(self.auxiliary.views if self.auxiliary else {}), "obs": "obs", "next_obs": "next_obs"}
+        self._augmented = {"obs": "obs", "next_obs": "next_obs"}
+        if self.auxiliary:
+            self._augmented = {**self.auxiliary.augmented, **self._augmented}
         for module in (self.encoder, self.critic, self.actor):
             module.apply(weight_init)
         # after the initialisation, so that targets start equal to their online networks
@@ -162,13 +164,14 @@ class SAC(nn.Module):
 
     def augment(self, batch):
         """The batch with each observation that is looked at augmented independently."""
-        return batch._replace(**{view: self._augment(getattr(batch, source)) for view, source in self._views.items()})
+        fields = {field: self._augment(getattr(batch, source)) for field, source in self._augmented.items()}
+        return batch._replace(**fields)
 
     def images(self, batch):
         """Pictures of what the networks see and make of it: {name: (N, 3, H, W)}; none of a state."""
         if batch.obs.dim() != 4:
             return {}
-        images = {f"augmented/{view}": getattr(batch, view)[:4, -3:] for view in self._views}  # newest frames
+        images = {f"augmented/{field}": getattr(batch, field)[:4, -3:] for field in self._augmented}  # newest frames
         if self.auxiliary:
             images.update(self.auxiliary.images(batch, self.encoder))
         return images
@@ -185,63 +188,60 @@ class SAC(nn.Module):
             Metrics, a dictionary of 0-d tensors that stay where they were computed.
         """
         self._begin()
-        auxiliary_due = self.auxiliary is not None and index % self.auxiliary.update_freq == 0
-        actor_due = index % self.config.actor_update_freq == 0
-        targets_due = index % self.config.critic_target_update_freq == 0
-        metrics = self._update(batch, actor_due, targets_due, auxiliary_due, detailed)
+        metrics = self._update(batch, index, detailed)
         metrics["batch_reward"] = batch.reward.mean()
         return {name: value.detach() for name, value in metrics.items()}
 
-    def _sequential(self, batch, actor_due, targets_due, auxiliary_due, detailed):
-        """The released order: critic step, then actor, temperature and targets, then the auxiliary task's step."""
-        target_encoder = Remembering(self.target_encoder)
+    def _sequential(self, batch, index, detailed):
+        """The released order: critic; actor, temperature and targets; auxiliary task. Each sees the steps before it."""
+        actor_due, targets_due, auxiliary_due = self._due(index)
+        target_encoder = CachedEncoder(self.target_encoder)
         target_q = self.target_q(batch, self.encoder, target_encoder)
-        detach = self.config.detach_encoder
-        features = self.encoder.convs(batch.obs)
-        z = self.encoder.head(features.detach() if detach else features)
-        critic_loss, metrics = self._critic_loss(batch, z, target_q)
-        metrics["critic_grad_norm"] = self._step(critic_loss, self.critic_optimizer)
-        metrics["critic_encoder_grad_norm"] = grad_norm(self._encoder_parameters)
-        if not detach and (auxiliary_due or actor_due):
-            # The critic's step has changed the convolutions; actor and auxiliary see the same new features.
-            with torch.set_grad_enabled(auxiliary_due):
-                features = self.encoder.convs(batch.obs)
+        z = self._critic_latent(self.encoder.convs(batch.obs))
+        loss, metrics = self._critic_loss(z, batch.action, target_q)
+        metrics["critic_grad_norm"] = self._step(loss, self.critic_optimizer)
+        critic_norm = metrics["critic_encoder_grad_norm"] = grad_norm(self._encoder_parameters)
+
+        with torch.set_grad_enabled(auxiliary_due):  # after the critic's step; the actor's gradient stays out of it
+            features = self.encoder.convs(batch.obs) if actor_due or auxiliary_due else None
         if actor_due:
             metrics.update(self._update_actor(features.detach()))
         if targets_due:
             self._update_targets()
-            target_encoder = Remembering(self.target_encoder)
+            target_encoder = CachedEncoder(self.target_encoder)
+
         if auxiliary_due:
             z = self.encoder.head(features)
-            loss, of_auxiliary = self.auxiliary.loss(batch, z, self.encoder, target_encoder, detailed=detailed)
-            metrics.update(of_auxiliary)
+            loss, auxiliary_metrics = self.auxiliary.loss(batch, z, self.encoder, target_encoder, detailed=detailed)
+            metrics.update(auxiliary_metrics)
             metrics["auxiliary_grad_norm"] = self._step(loss, self.auxiliary_optimizer)
-            if self._encoder_parameters:
-                norm = metrics["auxiliary_encoder_grad_norm"] = grad_norm(self._encoder_parameters)
-                metrics["encoder_grad_ratio"] = norm / metrics["critic_encoder_grad_norm"]
+            norm = metrics["auxiliary_encoder_grad_norm"] = grad_norm(self._encoder_parameters)
+            metrics["encoder_grad_ratio"] = norm / critic_norm
         return metrics
 
-    def _joint(self, batch, actor_due, targets_due, auxiliary_due, detailed):
-        """One forward of o_t and one backward through the encoder for both losses; the actor reuses the features.
+    def _joint(self, batch, index, detailed):
+        """A departure (docs/algorithm.md): all losses from the weights before the update, one step of the encoder.
 
-        A departure: see docs/algorithm.md.
+        One forward of o_t serves critic, auxiliary and actor. Each loss's gradient goes down to its latent, and both
+        together go through the encoder.
         """
-        encoder, target_encoder = Remembering(self.encoder), Remembering(self.target_encoder)
+        actor_due, targets_due, auxiliary_due = self._due(index)
+        encoder, target_encoder = CachedEncoder(self.encoder), CachedEncoder(self.target_encoder)
         target_q = self.target_q(batch, encoder, target_encoder)
         features = self.encoder.convs(batch.obs)
-        z = self.encoder.head(features)
-        latents = [self.encoder.head(features.detach()) if self.config.detach_encoder else z]
-        # each loss's gradient down to its latent, then both together through the encoder
+        latents = [self._critic_latent(features)]
         leaves = [latents[0].detach().requires_grad_()]
-        critic_loss, metrics = self._critic_loss(batch, leaves[0], target_q)
-        metrics["critic_grad_norm"] = self._step(critic_loss, self.critic_optimizer, leaves[0])
+        loss, metrics = self._critic_loss(leaves[0], batch.action, target_q)
+        metrics["critic_grad_norm"] = self._step(loss, self.critic_optimizer, leaves[0])
+
         if auxiliary_due:
-            latents.append(z)
-            leaves.append(z.detach().requires_grad_())
-            loss, of_auxiliary = self.auxiliary.loss(batch, leaves[1], encoder, target_encoder, detailed=detailed)
-            metrics.update(of_auxiliary)
+            latents.append(self.encoder.head(features) if self.config.detach_encoder else latents[0])
+            leaves.append(latents[1].detach().requires_grad_())
+            loss, auxiliary_metrics = self.auxiliary.loss(batch, leaves[1], encoder, target_encoder, detailed=detailed)
+            metrics.update(auxiliary_metrics)
             metrics["auxiliary_grad_norm"] = self._step(loss, self.auxiliary_optimizer, leaves[1])
             metrics["latent_grad_ratio"] = leaves[1].grad.norm() / leaves[0].grad.norm()
+
         self.encoder_optimizer.zero_grad()
         torch.autograd.backward(latents, [leaf.grad for leaf in leaves], inputs=self._encoder_parameters)
         self.encoder_optimizer.step()
@@ -251,6 +251,16 @@ class SAC(nn.Module):
         if targets_due:
             self._update_targets()
         return metrics
+
+    def _due(self, index):
+        """Which steps update `index` takes: actor (with temperature), targets, auxiliary."""
+        c = self.config
+        auxiliary_due = self.auxiliary is not None and index % self.auxiliary.update_freq == 0
+        return index % c.actor_update_freq == 0, index % c.critic_target_update_freq == 0, auxiliary_due
+
+    def _critic_latent(self, features):
+        """Conv features (B, feature_dim) -> the critic's z (B, d)."""
+        return self.encoder.head(features.detach() if self.config.detach_encoder else features)
 
     def _update_targets(self):
         soft_update(self.critic, self.target_critic, self.config.critic_tau)
@@ -267,8 +277,8 @@ class SAC(nn.Module):
         value = torch.min(q1, q2) - self.log_alpha.exp() * log_pi
         return batch.reward + self.config.discount * batch.not_done * value
 
-    def _critic_loss(self, batch, z, target_q):
-        q1, q2 = self.critic(z, batch.action)
+    def _critic_loss(self, z, action, target_q):
+        q1, q2 = self.critic(z, action)
         critic_loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
         return critic_loss, {"critic_loss": critic_loss, "q": q1.mean(), "target_q": target_q.mean()}
 

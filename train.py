@@ -17,7 +17,6 @@ import shutil
 import sys
 import time
 
-import numpy as np
 import torch
 
 import dmc2gym
@@ -36,13 +35,12 @@ def train(config, env, eval_envs, replay, agent, logger, folder):
     episode = 0
     obs = env.reset()
     replay.begin_episode(obs)
-    episode_reward, episode_start = 0.0, time.time()
+    episode_reward = 0.0
 
     for step in range(config.num_train_steps):
         # try to evaluate
         if step % config.eval_freq == 0:
-            seconds = run_evaluation(config, eval_envs, replay, agent, logger, folder, step, episode)
-            episode_start += seconds  # the training episode stood still meanwhile
+            run_evaluation(config, eval_envs, replay, agent, logger, folder, step, episode)
 
         # choose an action
         if step < config.init_steps:
@@ -55,14 +53,13 @@ def train(config, env, eval_envs, replay, agent, logger, folder):
 
         # gradient updates beside it; they never see the transition being made
         if step >= config.init_steps:
-            time_to_log = step % config.log_interval == 0
-            for i in range(config.updates_per_step):
+            reading = step % config.log_interval == 0
+            for index in range(step * config.updates_per_step, (step + 1) * config.updates_per_step):
                 batch = agent.augment(replay.sample(config.batch_size))
-                logger.record(step, agent.update(batch, step * config.updates_per_step + i, detailed=time_to_log))
-            if time_to_log:
+                logger.record(step, agent.update(batch, index, detailed=reading))
+            if reading:
                 logger.read()
             if step % config.eval_freq == 0:
-                logger.read()
                 logger.media(step, agent.images(batch), agent.named_parameters())
 
         # end the env step
@@ -73,30 +70,25 @@ def train(config, env, eval_envs, replay, agent, logger, folder):
 
         # end of episode
         if terminated or truncated:
-            logger.train_row(
-                step + 1, episode=episode, episode_reward=episode_reward, duration=time.time() - episode_start
-            )
+            logger.train_row(step + 1, episode=episode, episode_reward=episode_reward)
             episode += 1
             obs = env.reset()
             replay.begin_episode(obs)
-            episode_reward, episode_start = 0.0, time.time()
+            episode_reward = 0.0
 
-    logger.read()
     run_evaluation(config, eval_envs, replay, agent, logger, folder, config.num_train_steps, episode)
 
 
 def run_evaluation(config, eval_envs, replay, agent, logger, folder, step, episode):
-    """Evaluate the policy after `step` decisions and save what the flags ask for; returns the seconds it took."""
+    """Evaluate the policy after `step` decisions and save what the flags ask for."""
     start = time.time()
     video = folder / "video" / f"{step}.mp4" if config.save_video else None
     returns = evaluate(eval_envs, agent, config.num_eval_episodes, eval_seed(config), video)
-    seconds = time.time() - start
-    logger.eval_row(step, episode=episode, **summary(returns), returns=returns, duration=seconds)
+    logger.eval_row(step, episode=episode, **summary(returns), returns=returns, duration=time.time() - start)
     if config.save_model:
         save_model(agent, folder / "model", step)
     if config.save_buffer:
         replay.save(folder / "buffer")
-    return seconds
 
 
 def check_work_dir(work_dir):
@@ -132,7 +124,7 @@ def make_run_folder(config):
 
 
 def provenance(config, device):
-    """Everything that args.json holds: every flag, and what the run was made with."""
+    """What args.json holds: every flag, and what the run was made with."""
     packages = ("torch", "mujoco", "dm_control", "gymnasium", "numpy")
     return {
         **dataclasses.asdict(config),
@@ -145,46 +137,54 @@ def provenance(config, device):
     }
 
 
+def check_machine(config, device):
+    """Raise `ConfigError` if this machine lacks what a flag needs."""
+    if config.replay_device == "cuda" and device.type != "cuda":
+        raise ConfigError(f"--replay_device cuda: the networks run on {device}; use auto or cpu")
+    variable, compiler = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
+    if config.compile and not shutil.which(os.environ.get(variable, compiler)):
+        raise ConfigError(f"--compile: needs a compiler and finds none; install {compiler}")
+    check_work_dir(config.work_dir)
+
+
+def build(config, device):
+    """Environment to train in, those to evaluate in, replay and agent: everything random seeded by `config.seed`."""
+    seed_everything(config.seed)
+    if config.save_video:
+        dmc2gym.select_gl_backend()  # a run on states draws nothing else
+    env, eval_envs = open_env(config, config.seed), open_eval_envs(config, config.num_eval_episodes)
+    env.action_space.seed(config.seed)
+    action_dim = env.action_space.shape[0]
+    replay = ReplayBuffer(config, env.observation_space, action_dim, device)
+    agent = make_agent(config, env.observation_space.shape, action_dim, device)
+    return env, eval_envs, replay, agent
+
+
+def describe(config, device, replay):
+    """What a run says of itself first: seed, threads, device, precision, what draws, memory of the replay."""
+    sees = "states" if config.encoder_type == "identity" else f"frames drawn by {os.environ.get('MUJOCO_GL')}"
+    threads = torch.get_num_threads()
+    return (
+        f"seed {config.seed}, on {device} with {threads} thread{'s' if threads > 1 else ''} in {config.precision}, "
+        f"{sees}, replay of {replay.nbytes / 1e9:.2f} GB"
+    )
+
+
 def run():
-    """Set everything up, then train. Bad input: one line, exit code 2, nothing created."""
+    """Check, build, train. Bad input: one line, exit code 2, nothing created."""
     keep_freed_memory()
     try:
         config = parse()
         device = choose_device(config.device)
-        if config.replay_device == "cuda" and device.type != "cuda":
-            raise ConfigError(f"--replay_device cuda: the networks run on {device}; use auto or cpu")
-        variable, compiler = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
-        if config.compile and not shutil.which(os.environ.get(variable, compiler)):
-            raise ConfigError(f"--compile: needs a compiler and finds none; install {compiler}")
-        check_work_dir(config.work_dir)
-        seed_everything(config.seed)
-        if config.save_video:
-            dmc2gym.select_gl_backend()  # a run on states draws nothing else
-        env, eval_envs = open_env(config, config.seed), open_eval_envs(config, config.num_eval_episodes)
-        env.action_space.seed(config.seed)
-        action_dim = env.action_space.shape[0]
-        obs_space = env.observation_space
-        replay = ReplayBuffer(
-            capacity=min(config.replay_buffer_capacity, config.num_train_steps),
-            frame_shape=(obs_space.shape[0] // config.frame_stack, *obs_space.shape[1:]),
-            action_dim=action_dim,
-            frame_stack=config.frame_stack,
-            episode_steps=config.max_episode_steps,
-            device=device,
-            seed=config.seed,
-            dtype=torch.uint8 if obs_space.dtype == np.uint8 else torch.float32,
-            storage=config.replay_device,
-        )
-        agent = make_agent(config, obs_space.shape, action_dim, device)
+        check_machine(config, device)
+        env, eval_envs, replay, agent = build(config, device)
         folder = make_run_folder(config)
     except (ConfigError, dmc2gym.EnvError, MemoryError, OSError) as error:
         exit_with(error)
 
-    facts = provenance(config, device)
-    (folder / "args.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / "args.json").write_text(json.dumps(provenance(config, device), indent=2) + "\n")
     logger = Logger(folder, config)
-    sees = "states" if config.encoder_type == "identity" else f"frames drawn by {facts['mujoco_gl']}"
-    logger.message(f"{folder}: seed {config.seed}, on {device}, {sees}, replay of {replay.nbytes / 1e9:.2f} GB")
+    logger.message(f"{folder}: {describe(config, device, replay)}")
     try:
         train(config, env, eval_envs, replay, agent, logger, folder)
     except FloatingPointError as error:

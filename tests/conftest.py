@@ -1,13 +1,27 @@
 """Shared by the tests: small agents and random batches."""
 
+import dataclasses
+
+import gymnasium
+import numpy as np
 import pytest
 import torch
 
 from agent import make_agent
-from config import parse
-from replay_buffer import Batch
+from config import Config, complete, parse
+from replay_buffer import Batch, ReplayBuffer
 
 SMALL = "--encoder_feature_dim 8 --hidden_dim 32 --num_filters 4 --image_size 20 --num_layers 2 --action_repeat 4"
+
+
+def make_replay(capacity, frame_shape, action_dim, frame_stack=3, episode_steps=10, device="cpu", **flags):
+    """A replay of `capacity` transitions in episodes of `episode_steps`, for frames (C, H, W), or states (n,)."""
+    sizes = {"replay_buffer_capacity": capacity, "num_train_steps": capacity, "action_repeat": 1000 // episode_steps}
+    config = dataclasses.replace(complete(Config()), frame_stack=frame_stack, **sizes, **flags)
+    shape = (frame_stack * frame_shape[0], *frame_shape[1:])
+    pixels = len(shape) == 3
+    space = gymnasium.spaces.Box(0, 255, shape, np.uint8 if pixels else np.float32)
+    return ReplayBuffer(config, space, action_dim, torch.device(device))
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-
-from replay_buffer import ReplayBuffer
+from conftest import make_replay
 
 FRAME = (3, 6, 5)
 
@@ -38,7 +37,7 @@ def stream(replay, plain, lengths, k, seed=0):
 
 
 def make(capacity=40, k=3, episode_steps=10, seed=0):
-    return ReplayBuffer(capacity, FRAME, 2, k, episode_steps, torch.device("cpu"), seed)
+    return make_replay(capacity, FRAME, 2, k, episode_steps, seed=seed)
 
 
 def expected_pairs(plain, replay, k):
@@ -141,12 +140,12 @@ def test_same_seed_same_batches():
 
 
 def test_memory_per_transition_and_honest_allocation():
-    replay = ReplayBuffer(1000, (3, 84, 84), 1, 3, 125, torch.device("cpu"), 0)
+    replay = make_replay(1000, (3, 84, 84), 1, episode_steps=125)
     assert replay.nbytes / 1000 <= 21_600
     slots_at_100k = 100_000 + 100_000 // 125 + 2
     assert replay.nbytes / replay.slots * slots_at_100k <= 2.2e9
     with pytest.raises(MemoryError, match="--replay_buffer_capacity 1000000000: .* GB of memory are available"):
-        ReplayBuffer(1_000_000_000, (3, 84, 84), 1, 3, 125, torch.device("cpu"), 0)
+        make_replay(1_000_000_000, (3, 84, 84), 1)
 
 
 @pytest.mark.parametrize("capacity", [1000, 40])

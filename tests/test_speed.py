@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_replay
 
 from agent import make_agent
 from config import parse
 from dmc2gym import EnvError
-from encoder import ConvNet, Remembering
+from encoder import CachedEncoder, ConvNet
 from env_worker import SerialEnv, WorkerEnv
-from replay_buffer import ReplayBuffer
 from sac import squashed_sample
 from utils import soft_update
 
@@ -120,19 +120,19 @@ def test_conv_passes_of_one_sequential_update(small_agent, random_batch, index, 
     assert len(seen) == 4
 
 
-def test_remembering(small_agent, random_batch):
+def test_cached_encoder(small_agent, random_batch):
     encoder, batch = small_agent().encoder, random_batch()
-    remembering = Remembering(encoder)
-    first = remembering.convs(batch.obs)
-    assert remembering.convs(batch.obs) is first and not first.requires_grad
-    assert torch.equal(remembering(batch.obs), encoder(batch.obs))
-    assert remembering(batch.obs) is remembering(batch.obs)
-    assert torch.equal(remembering(batch.next_obs), encoder(batch.next_obs))
+    cached = CachedEncoder(encoder)
+    first = cached.convs(batch.obs)
+    assert cached.convs(batch.obs) is first and not first.requires_grad
+    assert torch.equal(cached(batch.obs), encoder(batch.obs))
+    assert cached(batch.obs) is cached(batch.obs)
+    assert torch.equal(cached(batch.next_obs), encoder(batch.next_obs))
 
 
 def test_features_are_channels_last_from_storage_on(small_agent):
     """No copy hides between the sampled frames and the convolution."""
-    replay = ReplayBuffer(50, (3, 20, 20), 2, 3, 10, torch.device("cpu"), 0)
+    replay = make_replay(50, (3, 20, 20), 2)
     for i in range(30):
         frame = torch.full((9, 20, 20), i, dtype=torch.uint8)
         replay.begin_episode(frame) if i % 10 == 0 else replay.add([0, 0], 0, frame, False)
@@ -219,7 +219,7 @@ def test_compiled_updates_agree(small_agent, random_batch):
 def test_updates_never_wait_for_the_gpu(storage, flags):
     """Acting alone has to wait, for its action."""
     device = torch.device("cuda")
-    replay = ReplayBuffer(200, (3, 84, 84), 2, 3, 50, device, 0, storage=storage)
+    replay = make_replay(200, (3, 84, 84), 2, episode_steps=50, device=device, replay_device=storage)
     for i in range(100):
         frame = torch.zeros(9, 84, 84, dtype=torch.uint8)
         replay.begin_episode(frame) if i % 50 == 0 else replay.add([0, 0], 0, frame, False)

@@ -17,11 +17,11 @@ import imageio.v3 as iio
 import psutil
 import pytest
 import torch
+from conftest import make_replay
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
 from logger import Logger
-from replay_buffer import ReplayBuffer
 
 ROOT = pathlib.Path(__file__).parent.parent
 # 10 decisions an episode
@@ -102,7 +102,7 @@ def test_console_without_a_terminal_is_plain_lines(trained):
     assert sum(line.startswith("| eval") for line in lines) == 4
     last = [line for line in lines if line.startswith("| train")][-1]
     columns = [cell.split(":")[0].strip() for cell in last.split("|")[2:]]
-    assert columns == ["E", "S", "R", "BR", "A_LOSS", "CR_LOSS", "CODY", "MI", "KL", "D"]
+    assert columns == ["E", "S", "R", "BR", "A_LOSS", "CR_LOSS", "CODY", "MI", "KL", "D", "D/S", "T"]
 
 
 def test_progress_bar_on_a_terminal(tmp_path):
@@ -144,10 +144,22 @@ def test_video_plays(trained):
 
 def test_saved_buffer_loads(trained):
     folder, _ = trained
-    replay = ReplayBuffer(100, (3, 84, 84), 1, 3, 10, torch.device("cpu"), 0)
+    replay = make_replay(100, (3, 84, 84), 1)
     replay.load(folder / "buffer")
     # 36 transitions in episodes of 10, less the first of each and the last, whose next frame came too late
     assert len(replay.legal_positions()) == 9 * 3 + 4
+
+
+def test_rows_say_how_fast_the_run_is(trained):
+    folder, _ = trained
+    train = rows(folder, "train.log")
+    for before, row in zip([None, *train], train, strict=False):
+        episode = row["step"] - (before["step"] if before else 0)
+        assert row["decisions_per_s"] == pytest.approx(episode / row["duration"])
+        # the evaluations come on top
+        assert row["wall_seconds"] >= row["duration"] + (before["wall_seconds"] if before else 0) - 1e-6
+    # 36 decisions, the first 12 without an update; the last row is at 30
+    assert sum(row["updates_per_s"] * row["duration"] for row in train) == pytest.approx(30 - 12)
 
 
 def test_evaluate_gives_the_logged_returns_again(trained, tmp_path, monkeypatch, capsys):
@@ -187,7 +199,8 @@ def test_same_seed_same_logs(trained, tmp_path):
     for name in ("train.log", "eval.log"):
         ours, theirs = rows(folder, name), rows(again, name)
         for row in ours + theirs:
-            del row["duration"]
+            for name in ("duration", "decisions_per_s", "updates_per_s", "wall_seconds"):
+                row.pop(name, None)
         assert json.dumps(ours) == json.dumps(theirs)
 
 
@@ -255,7 +268,7 @@ def test_updates_per_step(monkeypatch):
             return []
 
     env, eval_env = SerialEnv(config, 0), SerialEnv(config, 1)
-    replay = ReplayBuffer(50, (5,), 1, 1, 10, torch.device("cpu"), 0, torch.float32)
+    replay = make_replay(50, (5,), 1, frame_stack=1)
     logger = Logger(".", config)
     monkeypatch.setattr(logger, "_row", lambda *args: None)
     train.train(config, env, [eval_env], replay, Agent(), logger, None)
@@ -281,7 +294,7 @@ def test_divergence_is_warned_of_once_per_episode(tmp_path, capsys):
     )
     interval(12, 1000.0)
     assert capsys.readouterr().out == ""
-    logger.train_row(13, episode=0, episode_reward=0.0, duration=0.0)
+    logger.train_row(13, episode=0, episode_reward=0.0)
     capsys.readouterr()
     interval(14, 1000.0)
     assert capsys.readouterr().out.startswith("warning: kl 1000 at step 14")
@@ -364,7 +377,7 @@ def test_readings_count_by_their_updates(tmp_path):
             metrics = {"kl": torch.tensor(loss), "kl_per_dim": dims, "latent_rank": torch.tensor(float("nan"))}
             logger.record(1, metrics)
         logger.read()
-    logger.train_row(4, episode=0, episode_reward=0.0, duration=0.0)
+    logger.train_row(4, episode=0, episode_reward=0.0)
     (row,) = rows(tmp_path, "train.log")
     assert row["kl"] == 4.0 and row["kl_per_dim"] == [4.0, 1.0] and row["latent_rank"] is None
     logger.close()
