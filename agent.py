@@ -22,6 +22,7 @@ def make_agent(config, obs_shape, action_dim, device):
         obs_shape = (obs_shape[0], size, size)
 
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32; bf16 is the faster choice
+    torch.backends.cudnn.benchmark = True  # input sizes never change
 
     objective = {"dynamics_kl": CoDy, "published": PublishedCoDy}[config.cody_objective]
     make_auxiliary = {
