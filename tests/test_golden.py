@@ -2,6 +2,8 @@
 
 `update_small.npz` holds one batch of 6 pairs of transitions, all parameters of a small agent (4 filters, d = 8,
 hidden width 32, |A| = 2, action repeat 4, omega 0.001) and what the released code computes from them in float32.
+`updates_small.npz` holds four whole updates of the released agent: one batch (one of its transitions with not_done 0),
+every noise that was drawn, losses, and parameters before and after (omega 0.1).
 """
 
 import pathlib
@@ -16,10 +18,13 @@ from config import parse
 from replay_buffer import Batch
 from sac import SAC, squashed_sample
 
-GOLDEN = {
-    name: torch.as_tensor(value) for name, value in np.load(pathlib.Path(__file__).parent / "update_small.npz").items()
-}
+HERE = pathlib.Path(__file__).parent
+GOLDEN, UPDATES = (
+    {key: torch.as_tensor(value) for key, value in np.load(HERE / name).items()}
+    for name in ("update_small.npz", "updates_small.npz")
+)
 FLAGS = "--encoder_feature_dim 8 --hidden_dim 32 --num_filters 4 --action_repeat 4 --batch_size 6"
+BATCH = "obs_prev action_prev obs action reward next_obs not_done".split()
 
 
 def channels_last(weight):
@@ -29,21 +34,21 @@ def channels_last(weight):
     return weight.unflatten(1, (4, 35, 35)).permute(0, 2, 3, 1).flatten(1)
 
 
-def load(module, prefix, renamed=()):
-    """Load parameters before/<prefix>.* into a module; `renamed` are (theirs, ours) parts of names."""
-    state = {}
-    for name, value in GOLDEN.items():
-        if name.startswith(f"before/{prefix}.") and ".encoder.net." not in name:
-            name = name.removeprefix(f"before/{prefix}.")
-            for theirs, ours in renamed:
-                name = name.replace(theirs, ours)
-            state[name] = channels_last(value)
-    module.load_state_dict(state)
+def golden_agent(golden, when="before", flags="") -> SAC:
+    """Our agent with the released agent's parameters <when>/*."""
+    agent = make_agent(parse([*FLAGS.split(), *flags.split()]), (9, 84, 84), 2, torch.device("cpu"))
 
+    def load(module, prefix, renamed=()):
+        """`renamed`: (theirs, ours) parts of names."""
+        state = {}
+        for name, value in golden.items():
+            if name.startswith(f"{when}/{prefix}.") and ".encoder.net." not in name:
+                name = name.removeprefix(f"{when}/{prefix}.")
+                for theirs, ours in renamed:
+                    name = name.replace(theirs, ours)
+                state[name] = channels_last(value)
+        module.load_state_dict(state)
 
-@pytest.fixture
-def agent():
-    agent: SAC = make_agent(parse(FLAGS.split()), (9, 84, 84), 2, torch.device("cpu"))
     for name, encoder, critic in (
         ("critic", agent.encoder, agent.critic),
         ("critic_target", agent.target_encoder, agent.target_critic),
@@ -56,14 +61,18 @@ def agent():
     load(agent.actor.trunk, "actor.trunk")
     renamed = [("fc1.", "posterior."), ("fc2.", "prior."), ("predictor_target.", "target_predictor.")]
     load(agent.auxiliary, "cody", renamed)
-    agent.log_alpha.data.fill_(GOLDEN["before/log_alpha"])
+    agent.log_alpha.data.fill_(golden[f"{when}/log_alpha"])
     return agent
 
 
 @pytest.fixture
+def agent():
+    return golden_agent(GOLDEN)
+
+
+@pytest.fixture
 def batch():
-    names = "obs_prev action_prev obs action reward next_obs not_done".split()
-    return Batch(**{name: GOLDEN[name] for name in names})
+    return Batch(**{name: GOLDEN[name] for name in BATCH})
 
 
 def check(value, name, rtol=1e-4, slack=0.01):
@@ -131,3 +140,31 @@ def test_cody_loss_and_gradients(agent, batch):
     check(agent.auxiliary.W.grad, "grad_W", slack=1)
     check(agent.encoder.convs.layers[0].weight.grad, "grad_conv0", slack=1)
     check(agent.encoder.head.fc.weight.grad, "grad_encoder_fc", slack=1)
+
+
+def test_four_whole_updates(monkeypatch):
+    """Losses of every step to 1e-4; every parameter after the fourth to 1e-3 of its size and 1e-2 of its movement.
+
+    Seen to fail with, one at a time: the EMA step before the actor's; the encoder at encoder_lr alone in CoDy's step;
+    cody_lr 1.2e-4; the target encoder at critic_tau; no EMA of the predictor; a gradient through y; a bootstrap of
+    the transition with not_done 0; beta1 0.9 for alpha.
+    """
+    agent, after = golden_agent(UPDATES, flags="--omega_cody_loss 0.1"), golden_agent(UPDATES, "after")
+    before = [p.detach().clone() for p in agent.parameters()]
+    batch = Batch(**{name: UPDATES[name] for name in BATCH})
+    for index in range(4):
+        drawn = [UPDATES[f"step{index}/noise{i}"] for i in range(3 - index % 2)]  # the last of a step is not used
+        monkeypatch.setattr(torch, "randn_like", lambda like, drawn=drawn: drawn.pop(0).reshape(like.shape))
+        metrics = agent.update(batch, index)
+        assert not drawn
+        losses = {"critic_loss": "train_critic/loss", "cody_loss": "train/cody_loss", "kl": "train/kl"}
+        if index % 2 == 0:
+            losses.update(actor_loss="train_actor/loss", alpha_loss="train_alpha/loss")
+        for ours, theirs in losses.items():
+            expected = UPDATES[f"step{index}/{theirs}"]
+            torch.testing.assert_close(metrics[ours], expected.float(), rtol=1e-4, atol=0, msg=f"{ours} {index}")
+        torch.testing.assert_close(-metrics["info_nce"], UPDATES[f"step{index}/train/mi"].float(), rtol=1e-4, atol=0)
+    for (name, ours), old, theirs in zip(agent.named_parameters(), before, after.parameters(), strict=True):
+        error = (ours - theirs).norm()
+        assert error <= 1e-3 * theirs.norm(), name
+        assert error <= 1e-2 * (theirs - old).norm(), f"{name}: {error / (theirs - old).norm():.2e} of its movement"

@@ -146,6 +146,18 @@ def test_targets_start_equal_and_follow_at_their_own_rates(small_agent, random_b
         assert not any(changed(target, parameters(online)))
     assert not any(p.requires_grad for m in (agent.target_encoder, agent.target_critic) for p in m.parameters())
 
+    agent, batch = small_agent("--agent sac --critic_tau 0.2 --encoder_tau 0.7"), random_batch()
+    before = [parameters(agent.target_encoder), parameters(agent.target_critic)]
+    agent.update(batch, index=1)
+    assert not any(changed(agent.target_encoder, before[0]) + changed(agent.target_critic, before[1]))
+    agent.update(batch, index=2)
+    for tau, online, target, old in (
+        (0.7, agent.encoder, agent.target_encoder, before[0]),
+        (0.2, agent.critic, agent.target_critic, before[1]),
+    ):
+        expected = [(1 - tau) * t + tau * n for t, n in zip(old, parameters(online), strict=True)]
+        torch.testing.assert_close(parameters(target), expected)
+
 
 def test_soft_update():
     net, target = mlp(3, 4, 2, 1), mlp(3, 4, 2, 1)

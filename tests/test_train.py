@@ -216,7 +216,7 @@ def test_another_seed_is_another_run(trained, tmp_path):
     "flags",
     [
         "--pre_transform_image_size 100 --frame_stack 2 --detach_encoder --updates_per_step 2",
-        "--save_video --num_train_steps 60 --encoder_type identity",
+        "--save_video --num_train_steps 60 --encoder_type identity --agent sac",
         "--agent sac --encoder_type protorl --image_size 64 --num_layers 2",
         "--agent sac_ae --save_tb --image_size 64",
         "--cody_objective published --save_tb",
@@ -227,7 +227,12 @@ def test_whole_runs_of_variants(tmp_path, flags):
     assert result.returncode == 0, result.stderr
     folder = only_run(tmp_path)
     assert rows(folder, "eval.log")[-1]["step"] == (60 if "60" in flags else 36)
-    last = rows(folder, "train.log")[-1]
+    train = rows(folder, "train.log")
+    last = train[-1]
+    of_cody, of_sac = {"info_nce", "kl"} <= set(last), {"critic_loss", "actor_loss"} <= set(last)
+    assert of_sac and of_cody == ("--agent" not in flags and "published" not in flags)
+    if "--updates_per_step 2" in flags:
+        assert sum(row["updates_per_s"] * row["duration"] for row in train) == pytest.approx(2 * (30 - 12))
     if "identity" in flags:
         assert ", states, replay of" in result.stdout
         assert len(list((folder / "video").iterdir())) == 5
