@@ -49,6 +49,8 @@ class Config:
     pre_transform_image_size: int | None = None
     """Rendered height and width in pixels; if larger than image_size: random crop for training, centre crop for
     acting. None: image_size, with random shift."""
+    camera_id: int | None = None
+    """Camera of frames and videos. None: the task's usual one, 2 for quadruped, else 0."""
     image_size: int = 84
     """Height and width in pixels of what the encoder sees."""
 

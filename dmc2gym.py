@@ -4,8 +4,10 @@ dm_control reads `MUJOCO_GL` once, when it is imported: so it is imported by `ma
 chosen, and not before.
 """
 
+import contextlib
 import difflib
 import functools
+import importlib
 import math
 import os
 import subprocess
@@ -15,46 +17,84 @@ import gymnasium
 import numpy as np
 
 DEBIAN_PACKAGES = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6", "glfw": "libglfw3 and a display"}
+DRAWING_OFF = ("off", "disable", "disabled", "false", "0")  # dm_control's names
+CAMERAS = {"quadruped": 2}  # where camera 0 hardly shows the body: as drq, drqv2, dreamerv3 and tdmpc2
 
 
 class EnvError(ValueError):
     """A task or rendering setting that cannot work; the message is one line for the user."""
 
 
-def select_gl_backend():
-    """Choose how frames are rendered and return its name; before dm_control is imported.
+def select_gl_backend(required=True):
+    """Choose how frames are rendered, set `MUJOCO_GL` to it and return its name; before dm_control is imported.
 
     The user's `MUJOCO_GL` is respected. Otherwise the first of egl, osmesa (Linux) or glfw (elsewhere) that can
     draw, found out in a process of its own: a backend that fails half-way leaves PyOpenGL bound to it.
 
+    Args:
+        required: whether anything will be drawn; if not, drawing is off where no backend can.
+
     Raises:
         EnvError: no backend can draw.
     """
-    asked = os.environ.get("MUJOCO_GL", "")
     if "dm_control" in sys.modules:  # the choice is made
         from dm_control import _render
 
         return _render.BACKEND
+    # Mesa's software renderer and triton each bring an LLVM of their own. A process that has loaded Mesa's first dies
+    # with a segmentation fault when triton comes, which torch imports sooner or later; the other order works. Mesa's
+    # is loaded where dm_control is imported.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("triton")
+    asked = os.environ.get("MUJOCO_GL", "").lower()
     candidates = [asked] if asked else ["egl", "osmesa"] if sys.platform == "linux" else ["glfw"]
-    for backend in candidates:
-        if _can_draw(backend):
-            os.environ["MUJOCO_GL"] = backend
-            os.environ.pop("PYOPENGL_PLATFORM", None)  # as in the probe
-            return backend
+    able = [backend for backend in candidates if backend not in DRAWING_OFF and renderer(backend)][:1]
+    if required and not able:
+        raise EnvError(_why_nothing_draws(asked, candidates))
+    os.environ["MUJOCO_GL"] = (able or DRAWING_OFF)[0]
+    os.environ.pop("PYOPENGL_PLATFORM", None)  # as in the probe
+    return os.environ["MUJOCO_GL"]
+
+
+def _why_nothing_draws(asked, candidates):
+    """One line for the user."""
+    if asked in DRAWING_OFF:
+        return f"MUJOCO_GL={asked}: switches drawing off; unset it, or use one of {', '.join(DEBIAN_PACKAGES)}"
     packages = " or ".join(f"{DEBIAN_PACKAGES[b]} ({b})" for b in candidates if b in DEBIAN_PACKAGES)
     if not packages:
-        raise EnvError(f"MUJOCO_GL={asked}: cannot render; use one of {', '.join(DEBIAN_PACKAGES)}")
+        return f"MUJOCO_GL={asked}: cannot render; use one of {', '.join(DEBIAN_PACKAGES)}"
+    device = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+    if device is not None and "egl" in candidates:
+        count = "from dm_control._render.pyopengl import egl_ext; print(len(egl_ext.eglQueryDevicesEXT()))"
+        there = _probe(count, "egl", without="MUJOCO_EGL_DEVICE_ID")  # it would stop the import
+        if there:
+            devices = ", ".join(map(str, range(int(there))))
+            return f"MUJOCO_EGL_DEVICE_ID={device}: cannot render on that device; there are {devices}"
     setting = f"MUJOCO_GL={asked}" if asked else f"MUJOCO_GL is not set, tried {', '.join(candidates)}"
-    raise EnvError(f"{setting}: cannot render; install the Debian packages {packages}")
+    return f"{setting}: cannot render; install the Debian packages {packages}"
 
 
 @functools.cache  # a second or more each time
-def _can_draw(backend):
-    probe = "from dm_control import mujoco; mujoco.Physics.from_xml_string('<mujoco/>').render(16, 16)"
+def renderer(backend):
+    """What draws with this backend by its own name (GL_RENDERER), such as "llvmpipe (LLVM 15.0.6, 256 bits)"; None if
+    it cannot draw."""
+    draw = (
+        "from dm_control import mujoco; from OpenGL import GL\n"
+        "physics = mujoco.Physics.from_xml_string('<mujoco/>'); physics.render(16, 16)\n"
+        "with physics.contexts.gl.make_current() as context: name = context.call(GL.glGetString, GL.GL_RENDERER)\n"
+        "print(name.decode())"
+    )
+    return _probe(draw, backend)
+
+
+def _probe(script, backend, without=None):
+    """Last line that a script prints in a process of its own with this backend; None if it fails."""
     environment = {**os.environ, "MUJOCO_GL": backend}
     # PyOpenGL's own variable must agree with MUJOCO_GL, and each backend sets it when it is free to
     environment.pop("PYOPENGL_PLATFORM", None)
-    return subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True).returncode == 0
+    environment.pop(without, None)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    return done.stdout.splitlines()[-1] if done.returncode == 0 and done.stdout else None
 
 
 def _load(domain_name, task_name, **kwargs):
@@ -84,7 +124,7 @@ class DMCEnv(gymnasium.Env):
             reward. (dmc2gym's default is True.)
         from_pixels: observe images instead of the flattened state.
         height, width: image size in pixels.
-        camera_id: camera of observations and of `render`.
+        camera_id: camera of observations and of `render`; -1 is MuJoCo's free one. None: the task's usual one.
         frame_skip: physics control steps per `step`; their rewards are summed.
         episode_length: control steps per episode, so `ceil(episode_length / frame_skip)` calls of `step`.
         environment_kwargs: passed to dm_control's `Environment`.
@@ -104,7 +144,7 @@ class DMCEnv(gymnasium.Env):
         from_pixels=False,
         height=84,
         width=84,
-        camera_id=0,
+        camera_id=None,
         frame_skip=1,
         episode_length=1000,
         environment_kwargs=None,
@@ -113,8 +153,7 @@ class DMCEnv(gymnasium.Env):
     ):
         if from_pixels and visualize_reward:
             raise EnvError("visualize_reward shows the reward in the pixels: not with from_pixels")
-        if from_pixels:
-            select_gl_backend()
+        select_gl_backend(required=from_pixels)
         task_kwargs = {"random": seed}
         if time_limit is not None:
             task_kwargs["time_limit"] = time_limit
@@ -125,8 +164,13 @@ class DMCEnv(gymnasium.Env):
             environment_kwargs=environment_kwargs,
             visualize_reward=visualize_reward,
         )
+        self._physics_error = importlib.import_module("dm_control.rl.control").PhysicsError
         self._from_pixels = from_pixels
-        self._height, self._width, self._camera_id = height, width, camera_id
+        self._height, self._width = height, width
+        self._camera_id = CAMERAS.get(domain_name, 0) if camera_id is None else camera_id
+        cameras = self._env.physics.model.ncam
+        if not -1 <= self._camera_id < cameras:
+            raise EnvError(f"--camera_id {camera_id}: must be from -1 to {cameras - 1} on {domain_name} {task_name}")
         self._frame_skip = frame_skip
         self._channels_first = channels_first
         self._max_steps = math.ceil(episode_length / frame_skip)
@@ -167,26 +211,36 @@ class DMCEnv(gymnasium.Env):
             self._env.task.random.seed(seed)
         time_step = self._env.reset()
         self._steps = 0
-        return self._observe(time_step), {"discount": 1.0}
+        self._observation = self._observe(time_step)
+        return self._observation, {"discount": 1.0}
 
     def step(self, action):
-        """`frame_skip` control steps with one action; terminated only where the task's discount is 0."""
+        """`frame_skip` control steps with one action; terminated only where the task's discount is 0.
+
+        Physics that diverges ends the episode: truncated, reward 0, the observation the one before, and
+        `info["physics_error"]` says why.
+        """
         if self._steps is None:
             raise gymnasium.error.ResetNeeded("call reset() before step(), and after each episode")
         fraction = (np.asarray(action, np.float64) + 1) / 2
         action = self._action_low + fraction * (self._action_high - self._action_low)
         reward = 0.0
-        for _ in range(self._frame_skip):
-            time_step = self._env.step(action)
-            reward += time_step.reward or 0.0
-            if time_step.last():
-                break
+        try:
+            for _ in range(self._frame_skip):
+                time_step = self._env.step(action)
+                reward += time_step.reward or 0.0
+                if time_step.last():
+                    break
+            observation = self._observe(time_step)
+        except self._physics_error as error:
+            self._steps = None
+            return self._observation, 0.0, False, True, {"discount": 1.0, "physics_error": " ".join(str(error).split())}
         self._steps += 1
         terminated = time_step.last() and time_step.discount == 0
         truncated = not terminated and (time_step.last() or self._steps >= self._max_steps)
-        observation = self._observe(time_step)
         if terminated or truncated:
             self._steps = None
+        self._observation = observation
         return observation, reward, terminated, truncated, {"discount": time_step.discount}
 
     def render(self, height=None, width=None, camera_id=None):

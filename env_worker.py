@@ -20,6 +20,7 @@ from gymnasium.wrappers import FrameStackObservation, TransformObservation
 import dmc2gym
 
 EVAL_WORKERS = 4  # processes of one run's evaluation at most
+PHYSICS_ERRORS = 10  # episodes in a row that may end since the physics diverged
 
 
 def make_env(config, seed):
@@ -35,6 +36,7 @@ def make_env(config, seed):
         from_pixels=config.encoder_type != "identity",
         height=size,
         width=size,
+        camera_id=config.camera_id,
         frame_skip=config.action_repeat,
     )
     env = FrameStackObservation(env, config.frame_stack, padding_type="reset")
@@ -55,6 +57,7 @@ class SerialEnv:
         self._env = make_env(config, seed)
         self.observation_space, self.action_space = self._env.observation_space, self._env.action_space
         self.metadata = self._env.metadata
+        self._physics_errors = 0  # in a row
 
     def reset(self, seed=None):
         """First observation of an episode; `seed` restarts the task's random state."""
@@ -65,8 +68,21 @@ class SerialEnv:
         self._action = action
 
     def finish(self):
-        """Its observation, reward, terminated and truncated."""
-        return self._env.step(self._action)[:4]
+        """Its observation, reward, terminated and truncated; the observation is None if the physics has diverged.
+
+        Raises:
+            EnvError: that has ended `PHYSICS_ERRORS` episodes in a row.
+        """
+        obs, reward, terminated, truncated, info = self._env.step(self._action)
+        if "physics_error" in info:
+            self._physics_errors += 1
+            if self._physics_errors == PHYSICS_ERRORS:
+                reason = info["physics_error"]
+                raise dmc2gym.EnvError(f"the physics diverged in {PHYSICS_ERRORS} episodes in a row: {reason}")
+            return None, reward, terminated, truncated
+        if terminated or truncated:
+            self._physics_errors = 0
+        return obs, reward, terminated, truncated
 
     def draw(self, height, width):
         """RGB image (height, width, 3), uint8, of the current state; not between `start` and `finish`."""
@@ -88,8 +104,7 @@ class WorkerEnv:
     """
 
     def __init__(self, config, seed):
-        if config.encoder_type != "identity":
-            dmc2gym.select_gl_backend()  # for all workers, which inherit it
+        dmc2gym.select_gl_backend(required=config.encoder_type != "identity")  # for all workers, which inherit it
         ours, theirs = multiprocessing.Pipe()
         with theirs:
             command = [sys.executable, str(pathlib.Path(__file__).resolve()), str(theirs.fileno())]
@@ -99,21 +114,21 @@ class WorkerEnv:
 
     @property
     def observation_space(self):
-        return self._facts()[0]
+        return self._described()[0]
 
     @property
     def action_space(self):
-        return self._facts()[1]
+        return self._described()[1]
 
     @property
     def metadata(self):
-        return self._facts()[2]
+        return self._described()[2]
 
     def reset(self, seed=None):
         return self._call("reset", seed)
 
     def start(self, action):
-        self._facts()
+        self._described()
         self._send("step", action)
 
     def finish(self):
@@ -126,15 +141,14 @@ class WorkerEnv:
         self._pipe.close()
         self._process.wait()
 
-    def _facts(self):
+    def _described(self):
+        """(observation_space, action_space, metadata), the worker's first message."""
         if self._spaces is None:
             self._spaces = self._receive()
-            if isinstance(self._spaces, Exception):
-                raise self._spaces
         return self._spaces
 
     def _call(self, *message):
-        self._facts()
+        self._described()
         self._send(*message)
         return self._receive()
 
@@ -144,7 +158,10 @@ class WorkerEnv:
 
     def _receive(self):
         with self._alive():
-            return self._pipe.recv()
+            message = self._pipe.recv()
+        if isinstance(message, dmc2gym.EnvError):
+            raise message
+        return message
 
     @contextlib.contextmanager
     def _alive(self):
@@ -159,20 +176,19 @@ def work(pipe):
     """A worker: make the environment of the first message, then answer the others until the caller is gone."""
     with contextlib.suppress(EOFError, OSError):
         config, seed = pipe.recv()
-        if config.encoder_type != "identity":
-            importlib.import_module("dm_control.suite")  # with the backend that the caller has chosen
+        importlib.import_module("dm_control.suite")  # with the backend that the caller has chosen
         try:
             env = SerialEnv(config, seed)
+            pipe.send((env.observation_space, env.action_space, env.metadata))
+            while True:
+                method, *arguments = pipe.recv()
+                if method == "step":
+                    env.start(*arguments)
+                    pipe.send(env.finish())
+                else:
+                    pipe.send(getattr(env, method)(*arguments))
         except dmc2gym.EnvError as error:
-            return pipe.send(error)
-        pipe.send((env.observation_space, env.action_space, env.metadata))
-        while True:
-            method, *arguments = pipe.recv()
-            if method == "step":
-                env.start(*arguments)
-                pipe.send(env.finish())
-            else:
-                pipe.send(getattr(env, method)(*arguments))
+            pipe.send(error)
 
 
 def open_env(config, seed):

@@ -5,6 +5,7 @@ python evaluate.py --run ... --step 10000 --num_eval_episodes 50 --video episode
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -29,12 +30,12 @@ def eval_seed(config):
     return (config.seed + 2**31) % 2**32
 
 
-def evaluate(envs, agent, num_episodes, seed, video=None):
+def evaluate(envs, agent, num_episodes, seed, video, message):
     """Returns of `num_episodes` episodes with the mean action, a list of floats.
 
     Episode i starts from `seed` + i, so that every evaluation of a run meets the same initial states, a saved model
     gives its logged returns again, and neither depends on the number of `envs`, which step beside each other.
-    `video`: path of an mp4 of the first episode.
+    `video`: path of an mp4 of the first episode, or None. `message`: takes a line for the user.
     """
     returns = [0.0] * num_episodes
     frames = []
@@ -53,7 +54,9 @@ def evaluate(envs, agent, num_episodes, seed, video=None):
         for env, episode in playing:
             obs, reward, terminated, truncated = env.finish()
             returns[episode] += reward
-            if video and episode == 0:
+            if obs is None:
+                message(f"warning: the physics diverged in evaluation episode {episode}, which ends there")
+            elif video and episode == 0:
                 frames.append(env.draw(VIDEO_SIZE, VIDEO_SIZE))
             if terminated or truncated:
                 still += begin(env)
@@ -106,7 +109,8 @@ def run():
     except (ConfigError, dmc2gym.EnvError) as error:
         exit_with(error)
     try:
-        returns = evaluate(envs, agent, args.num_eval_episodes, eval_seed(config), args.video)
+        message = functools.partial(print, file=sys.stderr)
+        returns = evaluate(envs, agent, args.num_eval_episodes, eval_seed(config), args.video, message)
     except (FloatingPointError, dmc2gym.EnvError) as error:
         sys.exit(f"{args.run}: stopped: {error}")
     row = {"step": step, "env_step": step * config.action_repeat, **summary(returns), "returns": returns}

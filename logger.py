@@ -51,6 +51,7 @@ class Logger:
         self._step = 0
         self._start = self._row_time = time.time()
         self._row_step, self._row_updates = 0, 0  # decisions before the last train row, updates since
+        self._physics_errors = 0
         self._divergence_factor = config.divergence_factor
         self._watched = {name: collections.deque(maxlen=MEDIAN_WINDOW) for name in ("kl", "critic_loss")}
         self._warned = False  # in this episode
@@ -123,7 +124,7 @@ class Logger:
             "updates_per_s": self._row_updates / seconds,
             "wall_seconds": now - self._start,
         }
-        values.update(rates)
+        values.update(rates, physics_errors=self._physics_errors)
         self._row_time, self._row_step, self._row_updates = now, step, 0
         for name in dict.fromkeys(name for _, means in self._means for name in means):
             weighted = [(updates, np.array(means[name])) for updates, means in self._means if name in means]
@@ -132,6 +133,11 @@ class Logger:
         self._warned = False
         self._row("train", step, values, TRAIN_COLUMNS, "yellow")
         self._scalars("train", step, {"episode_reward": values["episode_reward"], **rates})
+
+    def physics_error(self, step, episode):
+        """One line about an episode that ended since its physics diverged; counted in the train rows."""
+        self._physics_errors += 1
+        self.message(f"warning: the physics diverged at step {step}: episode {episode} ends there")
 
     def eval_row(self, step, **values):
         """End of an evaluation, which took `values["duration"]` seconds."""

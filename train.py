@@ -64,8 +64,11 @@ def train(config, env, eval_envs, replay, agent, logger, folder):
 
         # end the env step
         obs, reward, terminated, truncated = env.finish()
-        replay.add(action, reward, obs, terminated)
-        episode_reward += reward
+        if obs is None:  # the physics has diverged: the episode ends without this transition
+            logger.physics_error(step + 1, episode)
+        else:
+            replay.add(action, reward, obs, terminated)
+            episode_reward += reward
         logger.progress(step + 1)
 
         # end of episode
@@ -83,7 +86,7 @@ def run_evaluation(config, eval_envs, replay, agent, logger, folder, step, episo
     """Evaluate the policy after `step` decisions and save what the flags ask for."""
     start = time.time()
     video = folder / "video" / f"{step}.mp4" if config.save_video else None
-    returns = evaluate(eval_envs, agent, config.num_eval_episodes, eval_seed(config), video)
+    returns = evaluate(eval_envs, agent, config.num_eval_episodes, eval_seed(config), video, logger.message)
     logger.eval_row(step, episode=episode, **summary(returns), returns=returns, duration=time.time() - start)
     if config.save_model:
         save_model(agent, folder / "model", step)
