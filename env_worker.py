@@ -7,7 +7,6 @@ and frames are the same, so a run gives the same numbers with either.
 import contextlib
 import importlib
 import multiprocessing
-import os
 import pathlib
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 from gymnasium.wrappers import FrameStackObservation, TransformObservation
 
 import dmc2gym
+from machine import available_cores
 
 EVAL_WORKERS = 4  # processes of one run's evaluation at most
 PHYSICS_ERRORS = 10  # episodes in a row that may end since the physics diverged
@@ -200,7 +200,7 @@ def open_eval_envs(config, episodes):
     """Environments for `evaluate`: without workers one, else as many as have a core and something to do."""
     if not config.env_worker:
         return [SerialEnv(config, config.seed)]
-    return [WorkerEnv(config, config.seed) for _ in range(min(episodes, len(os.sched_getaffinity(0)), EVAL_WORKERS))]
+    return [WorkerEnv(config, config.seed) for _ in range(min(episodes, available_cores(), EVAL_WORKERS))]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from agent import make_agent
 from checkpoint import load_config, load_model
 from config import ConfigError, exit_with, parse_flags
 from env_worker import open_eval_envs
+from machine import limit_threads
 from video import save_video
 
 VIDEO_SIZE = 256  # pixels, a multiple of 16 as H.264 wants
@@ -95,6 +96,7 @@ class Args:
 def run():
     """One JSON line with the mean, the standard deviation and all returns."""
     try:
+        limit_threads()
         args = parse_flags(Args)
         if args.num_eval_episodes < 1:
             raise ConfigError(f"--num_eval_episodes {args.num_eval_episodes}: must be at least 1")

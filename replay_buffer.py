@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils import available_memory
+from machine import available_memory
 
 
 class Batch(NamedTuple):

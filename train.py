@@ -26,8 +26,9 @@ from config import ConfigError, exit_with, parse
 from env_worker import open_env, open_eval_envs
 from evaluate import choose_device, eval_seed, evaluate, summary
 from logger import Logger
+from machine import bf16_time_ratio, keep_freed_memory, limit_threads
 from replay_buffer import ReplayBuffer
-from utils import git_commit, keep_freed_memory, seed_everything
+from utils import git_commit, seed_everything
 
 
 def train(config, env, eval_envs, replay, agent, logger, folder):
@@ -165,7 +166,10 @@ def build(config, device):
 
 def describe(config, device, replay):
     """What a run says of itself first: seed, threads, device, precision, what draws, memory of the replay."""
-    sees = "states" if config.encoder_type == "identity" else f"frames drawn by {os.environ.get('MUJOCO_GL')}"
+    backend = os.environ.get("MUJOCO_GL")
+    sees = f"frames drawn by {backend}, {dmc2gym.renderer(backend)}"
+    if config.encoder_type == "identity":
+        sees = "states"
     threads = torch.get_num_threads()
     return (
         f"seed {config.seed}, on {device} with {threads} thread{'s' if threads > 1 else ''} in {config.precision}, "
@@ -176,6 +180,7 @@ def describe(config, device, replay):
 def run():
     """Check, build, train. Bad input: one line, exit code 2, nothing created."""
     keep_freed_memory()
+    limit_threads()
     try:
         config = parse()
         device = choose_device(config.device)
@@ -188,6 +193,8 @@ def run():
     (folder / "args.json").write_text(json.dumps(provenance(config, device), indent=2) + "\n")
     logger = Logger(folder, config)
     logger.message(f"{folder}: {describe(config, device, replay)}")
+    if config.precision == "bf16" and device.type == "cpu" and (ratio := bf16_time_ratio()) >= 1:
+        logger.message(f"warning: --precision bf16: this CPU convolves {ratio:.1f} times slower in it than in fp32")
     try:
         train(config, env, eval_envs, replay, agent, logger, folder)
     except FloatingPointError as error:

@@ -1,12 +1,10 @@
-"""Small tools of no file in particular: seeds, weight initialisation, soft update, MLPs, memory."""
+"""Small tools of no file in particular: seeds, weight initialisation, soft update, MLPs."""
 
-import ctypes
 import pathlib
 import random
 import subprocess
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 
@@ -16,37 +14,6 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def keep_freed_memory():
-    """Ask glibc not to return large freed blocks to the system; does nothing elsewhere.
-
-    By default each large tensor is a fresh mapping whose pages fault one by one, which on CPU costs more than the
-    arithmetic on them.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    if mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 1 << 25):  # older ones take 32 MB at most
-        mallopt(m_trim_threshold, (1 << 31) - 1)
-
-
-def available_memory(device=None):
-    """Bytes that this process can still take on `device`: on CPU the system's, or its control group's if less."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = psutil.virtual_memory().available
-    group = pathlib.Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())  # "max" where there is no limit
-        used = int((group / "memory.current").read_text())
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        available = min(available, limit - used + int(statistics["inactive_file"]))  # file cache is given back
-    except (OSError, ValueError, KeyError):
-        pass
-    return available
 
 
 def git_commit():

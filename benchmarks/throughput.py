@@ -39,8 +39,9 @@ from config import ConfigError, exit_with, parse, parse_flags  # noqa: E402
 from dmc2gym import EnvError  # noqa: E402
 from env_worker import open_env  # noqa: E402
 from evaluate import choose_device  # noqa: E402
+from machine import keep_freed_memory  # noqa: E402
 from replay_buffer import ReplayBuffer  # noqa: E402
-from utils import keep_freed_memory, seed_everything  # noqa: E402
+from utils import seed_everything  # noqa: E402
 
 PHASES = ("sample", "augment", "forward", "backward", "optimizer", "environment")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

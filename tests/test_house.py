@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FILES = {path.stem: path for path in ROOT.glob("*.py")}
 # docs/algorithm.md's sibling, the design: a file imports only from floors below its own
 FLOORS = [
-    {"augment", "config", "dmc2gym", "logger", "video", "utils"},
+    {"augment", "config", "dmc2gym", "logger", "machine", "utils", "video"},
     {"replay_buffer", "encoder", "checkpoint", "env_worker"},
     {"sac", "cody", "decoder"},
     {"agent"},

@@ -186,7 +186,7 @@ def test_keep_freed_memory_ends_page_faults():
     """Counted by the system: a block that is freed and taken again is not mapped anew."""
     script = (
         "import resource, sys, torch\n"
-        "from utils import keep_freed_memory\n"
+        "from machine import keep_freed_memory\n"
         "if sys.argv[1] == 'kept': keep_freed_memory()\n"
         "for i in range(40):\n"  # the heap needs some rounds to find its shape
         "    if i == 30: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"

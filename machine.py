@@ -1,0 +1,120 @@
+"""What this machine lets a process have, in a container less than it has: memory, cores, fast bfloat16."""
+
+import ctypes
+import math
+import os
+import pathlib
+import statistics
+import time
+
+import psutil
+import torch
+import torch.nn.functional as F
+
+
+def keep_freed_memory():
+    """Ask glibc not to return large freed blocks to the system; does nothing elsewhere.
+
+    By default each large tensor is a fresh mapping whose pages fault one by one, which on CPU costs more than the
+    arithmetic on them.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    if mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 1 << 25):  # older ones take 32 MB at most
+        mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def control_groups(controller, root="/"):
+    """Folders of the control groups that limit this process, its own first, then all above it.
+
+    Args:
+        controller: "memory" or "cpu".
+        root: where /proc and /sys are.
+
+    A process may be told its group's path as seen from outside a namespace (in a container, a Slurm step): then some
+    of these folders are not there, and those that are still limit it.
+    """
+    root = pathlib.Path(root)
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    groups = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if not controllers:  # version 2
+            top = root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):  # version 1
+            top = root / "sys/fs/cgroup" / controller
+        else:
+            continue
+        group = top / path.strip("/")
+        while group != top:
+            groups.append(group)
+            group = group.parent
+        groups.append(top)
+    return groups
+
+
+def _numbers(path):
+    """The words of a control group's file, numbers as int; None if there is no such file."""
+    try:
+        return [int(word) if word.lstrip("-").isdigit() else word for word in path.read_text().split()]
+    except OSError:
+        return None
+
+
+def available_memory(device=None, root="/"):
+    """Bytes that this process can still take on `device`: on CPU the system's, or its control groups' if less."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = psutil.virtual_memory().available
+    for group in control_groups("memory", root):
+        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            limit, usage = _numbers(group / limit), _numbers(group / usage)
+            if not limit or not usage or limit == ["max"]:
+                continue
+            statistic = _numbers(group / "memory.stat") or []
+            named = dict(zip(statistic[::2], statistic[1::2], strict=False))
+            # file cache is given back
+            cache = named.get("total_inactive_file", named.get("inactive_file", 0))
+            available = min(available, max(0, limit[0] - usage[0] + cache))
+    return available
+
+
+def available_cores(root="/"):
+    """Cores that this process may keep busy: those it may run on, at most its control groups' quota, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for group in control_groups("cpu", root):
+        quota, period = _numbers(group / "cpu.max") or ("max", 0)
+        if quota == "max":
+            (quota,) = _numbers(group / "cpu.cfs_quota_us") or (-1,)
+            (period,) = _numbers(group / "cpu.cfs_period_us") or (0,)
+        if quota > 0 and period > 0:
+            cores = min(cores, math.ceil(quota / period))
+    return cores
+
+
+def limit_threads():
+    """Let torch use at most `available_cores` threads; fewer, where OMP_NUM_THREADS says so."""
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+
+
+def bf16_time_ratio(batch=16, repeats=3):
+    """Time of one of the default encoder's convolutions, forward and backward, in bfloat16 over float32, on CPU.
+
+    Below 1 on processors with fast bfloat16, up to 80 on those without; draws no random numbers.
+    """
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(batch, 32, 39, 39).to(dtype, memory_format=torch.channels_last).requires_grad_()
+        weight = torch.ones(32, 32, 3, 3).to(dtype, memory_format=torch.channels_last).requires_grad_()
+        taken = []
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
+            F.conv2d(x, weight).sum().backward()
+            taken.append(time.perf_counter() - start)
+        times[dtype] = statistics.median(taken[1:])  # the first prepares
+    return times[torch.bfloat16] / times[torch.float32]
