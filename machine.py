@@ -102,7 +102,7 @@ def limit_threads():
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
 
 
-def bf16_time_ratio(batch=16, repeats=3):
+def bf16_time_ratio(batch=8, repeats=3):
     """Time of one of the default encoder's convolutions, forward and backward, in bfloat16 over float32, on CPU.
 
     Below 1 on processors with fast bfloat16, up to 80 on those without; draws no random numbers.

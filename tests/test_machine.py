@@ -87,7 +87,8 @@ def test_quota_of_cores(tmp_path, monkeypatch, cgroup, files, cores):
 
 
 def test_threads_are_those_of_the_affinity():
-    script = "import os, torch, machine; os.sched_setaffinity(0, {0}); machine.limit_threads(); print(torch.get_num_threads())"
+    script = "import os, torch, machine; os.sched_setaffinity(0, {0}); machine.limit_threads()"
+    script += "; print(torch.get_num_threads())"
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert result.stdout == "1\n", result.stderr
