@@ -4,11 +4,10 @@ import dataclasses
 import json
 import os
 import pathlib
-import pickle
 
 import torch
 
-from config import Config, ConfigError
+from config import Config, ConfigError, check
 
 
 def save_model(agent, folder, step):
@@ -23,7 +22,7 @@ def load_model(agent, folder, step=None):
     """Restore what `save_model` wrote at `step`, the last one if None; returns the step.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it is no model of such an agent.
     """
     saved = sorted(int(path.stem) for path in pathlib.Path(folder).glob("*.pt") if path.stem.isdigit())
     if not saved:
@@ -32,10 +31,11 @@ def load_model(agent, folder, step=None):
     if step not in saved:
         raise ConfigError(f"--step {step}: not in {folder}, which has {', '.join(map(str, saved))}")
     path = pathlib.Path(folder) / f"{step}.pt"
-    try:
-        agent.load_state_dict(torch.load(path, map_location=agent.device))
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    try:  # weights_only: a file from elsewhere runs no code
+        agent.load_state_dict(torch.load(path, map_location=agent.device, weights_only=True))
+    except Exception as error:  # a foreign file can fail anywhere in there
+        reason = (str(error).splitlines() or [""])[0][:80]
+        raise ConfigError(f"{path}: no model of this run ({type(error).__name__}: {reason})") from None
     return step
 
 
@@ -48,6 +48,9 @@ def load_config(run):
     try:
         args = json.loads((pathlib.Path(run) / "args.json").read_text())
         names = {field.name for field in dataclasses.fields(Config)}
-        return Config(**{name: value for name, value in args.items() if name in names})
-    except (OSError, AttributeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{run}: not the folder of a run ({type(error).__name__}: {error})") from None
+        config = Config(**{name: value for name, value in args.items() if name in names})
+        check(config)
+    except (OSError, AttributeError, TypeError, ValueError) as error:  # ConfigError is a ValueError
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{run}: not the folder of a run (args.json: {reason[:100]})") from None
+    return config

@@ -6,6 +6,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import math
 import os
@@ -27,6 +28,8 @@ TASK_TABLE = {
 ENV_STEPS = 500_000  # training budget of a task outside the table
 EVAL_ENV_STEPS = 10_000  # environment steps between evaluations of a task outside the table
 EPISODE_LENGTH = 1_000  # environment steps in a DeepMind Control episode
+FLOAT32_MIN, FLOAT32_MAX = 2.0**-149, (2 - 2.0**-23) * 2.0**127  # the networks compute in it
+LINE = 200  # characters of a refusal at most
 
 
 class ConfigError(ValueError):
@@ -221,130 +224,138 @@ def complete(config: Config) -> Config:
     return dataclasses.replace(config, **values)
 
 
+AT_LEAST_1 = (
+    "action_repeat frame_stack image_size num_train_steps batch_size hidden_dim eval_freq num_eval_episodes "
+    "critic_target_update_freq actor_update_freq encoder_feature_dim num_layers num_filters log_interval "
+    "updates_per_step predictor_layers decoder_update_freq"
+).split()
+POSITIVE = "critic_lr actor_lr alpha_lr encoder_lr cody_lr decoder_lr init_temperature".split()
+FRACTIONS = "critic_tau encoder_tau".split()
+BETAS = "critic_beta actor_beta alpha_beta".split()
+WEIGHTS = "omega_cody_loss beta_cody_loss decoder_latent_lambda decoder_weight_lambda".split()
+
+VARIANTS = (
+    "kl_prior kl_encoder key_encoder dynamics_layer_norm reward_prediction reward_norm action_encoder projection "
+    "predictor_layers"
+).split()
+CODY = "cody_objective beta_cody_loss cody_lr omega_cody_loss".split() + VARIANTS
+DECODER = "decoder_lr decoder_update_freq decoder_latent_lambda decoder_weight_lambda".split()
+PIXELS = (
+    "image_size num_layers num_filters encoder_feature_dim encoder_lr encoder_tau detach_encoder precision update_mode"
+).split()
+
+
 def check(config: Config) -> None:
     """Raise `ConfigError` for the first value of a complete config that cannot work."""
-    c = config
+    for refusals in (_ranges, _relations, _combinations):
+        for ok, flag, right in refusals(config):
+            if not ok:
+                raise ConfigError(f"--{flag} {_short(getattr(config, flag))}: {right}")
 
-    def require(condition: bool, flag: str, right: str) -> None:
-        if not condition:
-            raise ConfigError(f"--{flag} {getattr(c, flag)}: {right}")
 
-    for field in dataclasses.fields(c):
-        value = getattr(c, field.name)
-        require(not isinstance(value, float) or math.isfinite(value), field.name, "must be finite")
-    for flag in (
-        "action_repeat frame_stack image_size num_train_steps batch_size hidden_dim eval_freq num_eval_episodes "
-        "critic_target_update_freq actor_update_freq encoder_feature_dim num_layers num_filters log_interval "
-        "updates_per_step predictor_layers decoder_update_freq"
-    ).split():
-        require(getattr(c, flag) >= 1, flag, "must be at least 1")
-    for flag in "critic_lr actor_lr alpha_lr encoder_lr cody_lr decoder_lr init_temperature".split():
-        require(getattr(c, flag) > 0, flag, "must be positive")
-    for flag in "critic_tau encoder_tau".split():
-        require(0 < getattr(c, flag) <= 1, flag, "must be in (0, 1]")
-    for flag in "critic_beta actor_beta alpha_beta".split():
-        require(0 <= getattr(c, flag) < 1, flag, "must be in [0, 1)")
-    require(0 <= c.discount <= 1, "discount", "must be in [0, 1]")
-    for flag in "omega_cody_loss beta_cody_loss decoder_latent_lambda decoder_weight_lambda".split():
-        require(getattr(c, flag) >= 0, flag, "must not be negative")
-    require(c.divergence_factor > 1, "divergence_factor", "must be above 1")
-    require(0 <= c.seed < 2**32, "seed", "must be -1 (drawn for you) or in [0, 2^32)")
-    require(
-        c.actor_log_std_min < c.actor_log_std_max,
-        "actor_log_std_min",
-        f"must be below --actor_log_std_max {c.actor_log_std_max}",
-    )
-    require(
-        c.action_repeat < EPISODE_LENGTH,
-        "action_repeat",
-        f"must be below the {EPISODE_LENGTH} steps of an episode, so that it has two decisions or more",
-    )
+def _ranges(c: Config):
+    """(fine, flag, what is right) of each value by itself."""
+    floats = [f.name for f in dataclasses.fields(c) if isinstance(getattr(c, f.name), float)]
+    yield from ((math.isfinite(getattr(c, flag)), flag, "must be finite") for flag in floats)
+    yield from ((abs(getattr(c, flag)) <= FLOAT32_MAX, flag, "is more than float32 holds") for flag in floats)
+    yield from ((getattr(c, flag) >= 1, flag, "must be at least 1") for flag in AT_LEAST_1)
+    yield from ((getattr(c, flag) > 0, flag, "must be positive") for flag in POSITIVE)
+    yield from ((0 < getattr(c, flag) <= 1, flag, "must be in (0, 1]") for flag in FRACTIONS)
+    yield from ((getattr(c, flag) >= FLOAT32_MIN, flag, "is 0 in float32") for flag in POSITIVE + FRACTIONS)
+    yield from ((0 <= getattr(c, flag) < 1, flag, "must be in [0, 1)") for flag in BETAS)
+    yield 0 <= c.discount <= 1, "discount", "must be in [0, 1]"
+    yield from ((getattr(c, flag) >= 0, flag, "must not be negative") for flag in WEIGHTS)
+    yield c.divergence_factor > 1, "divergence_factor", "must be above 1"
+    yield 0 <= c.seed < 2**32, "seed", "must be -1 (drawn for you) or in [0, 2^32)"
+    below = f"must be below the {EPISODE_LENGTH} steps of an episode, so that it has two decisions or more"
+    yield c.action_repeat < EPISODE_LENGTH, "action_repeat", below
+    yield c.init_steps >= 2, "init_steps", "must be at least 2, to leave a pair of transitions to sample"
+
+
+def _relations(c: Config):
+    """The same of each value beside another."""
+    std_max, layers = c.actor_log_std_max, _short(c.num_layers)
+    yield c.actor_log_std_min < std_max, "actor_log_std_min", f"must be below --actor_log_std_max {std_max}"
     smallest = 4 * c.num_layers - 1  # 3x3 convolutions, the first with stride 2, need at least one output pixel
-    require(
-        c.image_size >= smallest,
-        "image_size",
-        f"must be at least {smallest} pixels for --num_layers {c.num_layers}",
+    right = f"must be at least {_short(smallest)} pixels for --num_layers {layers}"
+    yield c.image_size >= smallest, "image_size", right
+    right = f"must be at least --image_size {_short(c.image_size)}"
+    yield c.pre_transform_image_size >= c.image_size, "pre_transform_image_size", right
+    steps, capacity = _short(c.num_train_steps), _short(c.replay_buffer_capacity)
+    right = f"must be below --num_train_steps {steps}, or nothing is trained"
+    yield c.init_steps < c.num_train_steps, "init_steps", right
+    right = (
+        f"must not exceed what the replay can hold, --replay_buffer_capacity {capacity} or --num_train_steps {steps} "
     )
-    require(
-        c.pre_transform_image_size >= c.image_size,
-        "pre_transform_image_size",
-        f"must be at least --image_size {c.image_size}",
-    )
-    require(c.init_steps >= 2, "init_steps", "must be at least 2, to leave a pair of transitions to sample")
-    require(
-        c.init_steps < c.num_train_steps,
-        "init_steps",
-        f"must be below --num_train_steps {c.num_train_steps}, or nothing is trained",
-    )
-    require(
-        c.batch_size <= min(c.replay_buffer_capacity, c.num_train_steps),
-        "batch_size",
-        f"must not exceed what the replay can hold, --replay_buffer_capacity {c.replay_buffer_capacity} "
-        f"or --num_train_steps {c.num_train_steps} if that is less",
-    )
-    smallest = c.frame_stack + 5
-    require(
-        c.replay_buffer_capacity >= smallest,
-        "replay_buffer_capacity",
-        f"must be at least {smallest}, to hold a pair of transitions with --frame_stack {c.frame_stack}",
-    )
-
-    _check_combinations(c)
+    right += "if that is less"
+    yield c.batch_size <= min(c.replay_buffer_capacity, c.num_train_steps), "batch_size", right
+    smallest, stack = c.frame_stack + 5, _short(c.frame_stack)
+    right = f"must be at least {_short(smallest)}, to hold a pair of transitions with --frame_stack {stack}"
+    yield c.replay_buffer_capacity >= smallest, "replay_buffer_capacity", right
 
 
-def _check_combinations(c: Config) -> None:
-    """Refuse a choice that another one makes meaningless, rather than ignore it."""
-    variants = "kl_prior kl_encoder key_encoder dynamics_layer_norm reward_prediction reward_norm action_encoder"
-    variants = f"{variants} projection predictor_layers".split()
-    decoder = "decoder_lr decoder_update_freq decoder_latent_lambda decoder_weight_lambda".split()
-    pixels = "image_size num_layers num_filters encoder_feature_dim encoder_lr detach_encoder".split()
-    pixels += ["precision", "update_mode"]
+def _combinations(c: Config):
+    """Choices that another one makes meaningless are refused rather than ignored."""
     steps_encoder = c.agent != "sac" or c.update_mode == "joint"
+    pixels = c.encoder_type != "identity"
+    yield pixels or c.agent != "cody_sac", "encoder_type", "--agent cody_sac has no encoder to train; needs --agent sac"
     needs = [
-        (["cody_objective", "beta_cody_loss", "cody_lr", "omega_cody_loss"], "--agent cody_sac", c.agent == "cody_sac"),
-        (variants, "--agent cody_sac", c.agent == "cody_sac"),
+        (CODY, "--agent cody_sac", c.agent == "cody_sac"),
+        (PIXELS, "--encoder_type pixel or protorl", pixels),
         (["encoder_lr"], "--agent cody_sac, --agent sac_ae or --update_mode joint", steps_encoder),
-        (variants, "--cody_objective dynamics_kl", c.cody_objective == "dynamics_kl"),
+        (VARIANTS, "--cody_objective dynamics_kl", c.cody_objective == "dynamics_kl"),
         (["beta_cody_loss"], "--cody_objective published", c.cody_objective == "published"),
         (["omega_cody_loss"], "a --kl_prior", c.kl_prior != "none"),
         (["kl_encoder"], "--kl_prior learned or shared", c.kl_prior in ("learned", "shared")),
         (["reward_norm"], "--reward_prediction contrastive or regression", c.reward_prediction != "none"),
-        (decoder, "--agent sac_ae", c.agent == "sac_ae"),
-        (pixels, "--encoder_type pixel or protorl", c.encoder_type != "identity"),
+        (DECODER, "--agent sac_ae", c.agent == "sac_ae"),
     ]
     defaults = {field.name: field.default for field in dataclasses.fields(c)}
     for flags, need, met in needs:
         for flag in flags:
-            if not met and getattr(c, flag) != defaults[flag]:
-                raise ConfigError(f"--{flag} {getattr(c, flag)}: has no effect without {need}")
-    if c.agent == "sac_ae" and c.encoder_type != "pixel":
-        raise ConfigError(f"--agent sac_ae: reconstructs pixels, not with --encoder_type {c.encoder_type}")
-    if c.agent == "sac_ae" and c.pre_transform_image_size != c.image_size:
-        raise ConfigError(
-            f"--pre_transform_image_size {c.pre_transform_image_size}: --agent sac_ae has no augmentation, so it must "
-            f"be --image_size {c.image_size}"
-        )
-    if c.agent == "sac_ae" and c.image_size < 7:
-        raise ConfigError(f"--image_size {c.image_size}: must be at least 7 for the SSIM of --agent sac_ae")
-    if c.encoder_type == "identity" and c.pre_transform_image_size != c.image_size:
-        raise ConfigError(
-            f"--pre_transform_image_size {c.pre_transform_image_size}: has no effect without "
-            "--encoder_type pixel or protorl"
-        )
-    if c.encoder_type == "identity" and c.cody_objective == "published":
-        raise ConfigError("--cody_objective published: contrasts two augmentations of pixels; identity has none")
+            yield met or getattr(c, flag) == defaults[flag], flag, f"has no effect without {need}"
+    same_size, size = c.pre_transform_image_size == c.image_size, _short(c.image_size)
+    right = "has no effect without --encoder_type pixel or protorl"
+    yield pixels or same_size, "pre_transform_image_size", right
+    if c.agent == "sac_ae":
+        yield c.encoder_type == "pixel", "agent", f"reconstructs pixels, not with --encoder_type {c.encoder_type}"
+        right = f"--agent sac_ae has no augmentation, so it must be --image_size {size}"
+        yield same_size, "pre_transform_image_size", right
+        yield c.image_size >= 7, "image_size", "must be at least 7 for the SSIM of --agent sac_ae"
+
+
+def _short(value) -> str:
+    """The value for a message, cut where it would make the line too long."""
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:20]}..."
 
 
 def parse_flags(flags, args=None):
     """Command line -> instance of the dataclass `flags`. `--help` prints and exits; bad input raises `ConfigError`."""
+    args = sys.argv[1:] if args is None else list(args)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(flags, args=args, use_underscores=True)
     except SystemExit as exit_:
-        if exit_.code:
-            raise ConfigError(_one_line(errors.getvalue())) from None
-        raise
+        if not exit_.code:
+            raise
+        line = _one_line(errors.getvalue())
+        if line.startswith("Unrecognized options"):
+            line = _unrecognized(flags, args) or line
+        raise ConfigError(line if len(line) <= LINE else line[: LINE - 3] + "...") from None
+
+
+def _unrecognized(flags, args) -> str | None:
+    """The first flag of `args` that `flags` lacks, and the nearest real one."""
+    real = {f"--{field.name}" for field in dataclasses.fields(flags)}
+    real |= {f"--no_{field.name}" for field in dataclasses.fields(flags) if field.type is bool}
+    for arg in args:
+        flag = arg.split("=")[0].replace("-", "_").replace("__", "--", 1)
+        if arg.startswith("--") and flag not in real:
+            nearest = difflib.get_close_matches(flag, real, n=1, cutoff=0)[0]
+            return f"unrecognized flag {_short(arg.split('=')[0])}; the nearest is {nearest}"
+    return None
 
 
 def parse(args=None) -> Config:
@@ -368,5 +379,6 @@ def _one_line(box: str) -> str:
 def exit_with(error: Exception) -> None:
     """End the program as bad input does: one line on stderr, exit code 2."""
     line = " ".join(str(error).split())
+    line = line if len(line) <= LINE else line[: LINE - 3] + "..."
     print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
     sys.exit(2)

@@ -61,8 +61,12 @@ def test_tasks_outside_the_table_and_other_repeats():
     [
         ("--batch_size 0", "--batch_size 0: must be at least 1"),
         ("--batch_size many", "Error parsing --batch_size: invalid literal for int() with base 10: 'many'"),
-        ("--bach_size 3", "Unrecognized options: --bach_size, 3"),
+        ("--bach_size 3", "unrecognized flag --bach_size; the nearest is --batch_size"),
         ("--device tpu", "invalid choice 'tpu' for argument '--device'. Expected one of ('auto', 'cpu', 'cuda')."),
+        ("--omega_cody_los 1", "unrecognized flag --omega_cody_los; the nearest is --omega_cody_loss"),
+        ("--critic_lr 1e39", "--critic_lr 1e+39: is more than float32 holds"),
+        ("--critic_lr 1e-60", "--critic_lr 1e-60: is 0 in float32"),
+        ("--actor_log_std_min -1e39", "--actor_log_std_min -1e+39: is more than float32 holds"),
         ("--critic_lr -0.001", "--critic_lr -0.001: must be positive"),
         ("--cody_lr nan", "--cody_lr nan: must be finite"),
         ("--omega_cody_loss -1", "--omega_cody_loss -1.0: must not be negative"),
@@ -95,7 +99,19 @@ def test_tasks_outside_the_table_and_other_repeats():
 def test_bad_values(flags, line):
     with pytest.raises(ConfigError) as error:
         parse(flags.split())
-    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+    assert str(error.value).startswith(line) and "\n" not in str(error.value) and len(str(error.value)) <= 200
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [f"--batch_size {'9' * 300}", f"--{'x' * 300} 1", "--batch_size", f"--device {'z' * 300}", "--critic_lr 1e39", "x"],
+)
+def test_every_refusal_is_one_short_line(tmp_path, flags):
+    command = [sys.executable, "train.py", *flags.split(), "--work_dir", str(tmp_path / "runs")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    line = result.stderr.removesuffix("\n")
+    assert result.returncode == 2 and result.stdout == "" and not (tmp_path / "runs").exists()
+    assert "error: " in line and "\n" not in line and len(line.split("error: ", 1)[1]) <= 200
 
 
 def test_smallest_images_that_pass_give_one_output_pixel():

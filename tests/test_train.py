@@ -31,7 +31,7 @@ SMALL = (
 )
 WORKERS = SMALL.replace("--no_env_worker", "--env_worker")
 
-STATE = SMALL.replace("--num_filters 4 --encoder_feature_dim 8", "--encoder_type identity")
+STATE = SMALL.replace("--num_filters 4 --encoder_feature_dim 8", "--agent sac --encoder_type identity")
 
 
 def command(script, flags, work_dir):
@@ -216,7 +216,7 @@ def test_another_seed_is_another_run(trained, tmp_path):
     "flags",
     [
         "--pre_transform_image_size 100 --frame_stack 2 --detach_encoder --updates_per_step 2",
-        "--save_video --num_train_steps 60 --encoder_type identity --agent sac",
+        "--save_video --num_train_steps 60 --encoder_type identity",
         "--agent sac --encoder_type protorl --image_size 64 --num_layers 2",
         "--agent sac_ae --save_tb --image_size 64",
         "--cody_objective published --save_tb",

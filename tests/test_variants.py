@@ -304,7 +304,7 @@ def small_agent_from_state(small_agent, flags):
     from agent import make_agent
 
     torch.manual_seed(0)
-    config = parse(f"--encoder_type identity --hidden_dim 32 --action_repeat 4 {flags}".split())
+    config = parse(f"--agent sac --encoder_type identity --hidden_dim 32 --action_repeat 4 {flags}".split())
     return make_agent(config, (5,), 2, torch.device("cpu"))
 
 
@@ -400,7 +400,7 @@ def test_diagnostics(small_agent, random_batch):
         ),
         ("--kl_prior none --omega_cody_loss 0.1", "--omega_cody_loss 0.1: has no effect without a --kl_prior"),
         (
-            "--encoder_type identity --pre_transform_image_size 100",
+            "--agent sac --encoder_type identity --pre_transform_image_size 100",
             "--pre_transform_image_size 100: has no effect without --encoder_type pixel or protorl",
         ),
         (
@@ -417,7 +417,7 @@ def test_diagnostics(small_agent, random_batch):
             "--reward_norm none: has no effect without --reward_prediction contrastive or regression",
         ),
         (
-            "--encoder_type identity --num_layers 2",
+            "--agent sac --encoder_type identity --num_layers 2",
             "--num_layers 2: has no effect without --encoder_type pixel or protorl",
         ),
         (
@@ -429,15 +429,19 @@ def test_diagnostics(small_agent, random_batch):
             "--pre_transform_image_size 100: --agent sac_ae has no augmentation, so it must be --image_size 84",
         ),
         (
-            "--encoder_type identity --cody_objective published",
-            "--cody_objective published: contrasts two augmentations of pixels; identity has none",
+            "--encoder_type identity",
+            "--encoder_type identity: --agent cody_sac has no encoder to train; needs --agent sac",
         ),
         (
-            "--encoder_type identity --precision bf16",
+            "--agent sac --encoder_type identity --encoder_tau 0.1",
+            "--encoder_tau 0.1: has no effect without --encoder_type pixel or protorl",
+        ),
+        (
+            "--agent sac --encoder_type identity --precision bf16",
             "--precision bf16: has no effect without --encoder_type pixel or protorl",
         ),
         (
-            "--encoder_type identity --update_mode joint",
+            "--agent sac --encoder_type identity --update_mode joint",
             "--update_mode joint: has no effect without --encoder_type pixel or protorl",
         ),
         ("--updates_per_step 0", "--updates_per_step 0: must be at least 1"),
