@@ -67,7 +67,7 @@ class Config:
     updates_per_step: int = 1
     """Gradient updates per decision."""
     batch_size: int = 256
-    """Pairs of consecutive transitions in one update."""
+    """Pairs of consecutive transitions in one update. Released: README 256, train.sh 512, default 32."""
     replay_buffer_capacity: int = 100_000
     """Transitions the replay buffer holds."""
     hidden_dim: int = 1024
@@ -149,7 +149,8 @@ class Config:
     cody_lr: float = 1e-4
     """Adam learning rate of CoDy's own networks."""
     omega_cody_loss: float = 1e-3
-    """Weight omega of the KL term (published objective: of its second term); 0 still computes and logs it."""
+    """Weight omega of the KL term (published objective: of its second term); 0 still computes and logs it.
+    Released: README and default 0.001, train.sh 0.01."""
     cody_objective: Literal["dynamics_kl", "published"] = "dynamics_kl"
     """InfoNCE with the KL term, or the three terms of the 2022 paper."""
     beta_cody_loss: float = 1.0
@@ -369,7 +370,7 @@ def _one_line(box: str) -> str:
     """tyro's boxed message as one line."""
     lines = []
     for line in box.splitlines()[1:]:
-        line = line.strip("│╰╯╭╮─ ")
+        line = line.strip("│╰╯╭╮─|+- ")  # ASCII where the terminal has nothing else
         if line.startswith(("Argument helptext", "For full helptext")):
             break
         lines.append(line)

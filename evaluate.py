@@ -31,12 +31,13 @@ def eval_seed(config):
     return (config.seed + 2**31) % 2**32
 
 
-def evaluate(envs, agent, num_episodes, seed, video, message):
-    """Returns of `num_episodes` episodes with the mean action, a list of floats.
+def evaluate(envs, agent, num_episodes, seed, film, message):
+    """Returns of `num_episodes` episodes with the mean action, a list of floats; pictures of the first if `film`.
 
     Episode i starts from `seed` + i, so that every evaluation of a run meets the same initial states, a saved model
     gives its logged returns again, and neither depends on the number of `envs`, which step beside each other.
-    `video`: path of an mp4 of the first episode, or None. `message`: takes a line for the user.
+    The pictures are a list of (VIDEO_SIZE, VIDEO_SIZE, 3) uint8, empty without `film`. `message`: takes a line for the
+    user.
     """
     returns = [0.0] * num_episodes
     frames = []
@@ -57,7 +58,7 @@ def evaluate(envs, agent, num_episodes, seed, video, message):
             returns[episode] += reward
             if obs is None:
                 message(f"warning: the physics diverged in evaluation episode {episode}, which ends there")
-            elif video and episode == 0:
+            elif film and episode == 0:
                 frames.append(env.draw(VIDEO_SIZE, VIDEO_SIZE))
             if terminated or truncated:
                 still += begin(env)
@@ -65,9 +66,7 @@ def evaluate(envs, agent, num_episodes, seed, video, message):
                 env.start(agent.act(obs, sample=False))
                 still.append((env, episode))
         playing = still
-    if frames:
-        save_video(video, frames, envs[0].metadata["render_fps"])
-    return returns
+    return returns, frames
 
 
 def choose_device(name):
@@ -112,11 +111,17 @@ def run():
         exit_with(error)
     try:
         message = functools.partial(print, file=sys.stderr)
-        returns = evaluate(envs, agent, args.num_eval_episodes, eval_seed(config), args.video, message)
+        film = args.video is not None
+        returns, frames = evaluate(envs, agent, args.num_eval_episodes, eval_seed(config), film, message)
     except (FloatingPointError, dmc2gym.EnvError) as error:
         sys.exit(f"{args.run}: stopped: {error}")
     row = {"step": step, "env_step": step * config.action_repeat, **summary(returns), "returns": returns}
-    print(json.dumps(row))
+    print(json.dumps(row), flush=True)  # before a video that a full disk may not take
+    try:
+        if frames:
+            save_video(args.video, frames, envs[0].metadata["render_fps"])
+    except OSError as error:
+        exit_with(error)
 
 
 def main():

@@ -29,6 +29,7 @@ from logger import Logger
 from machine import bf16_time_ratio, keep_freed_memory, limit_threads
 from replay_buffer import ReplayBuffer
 from utils import git_commit, seed_everything
+from video import save_video
 
 
 def train(config, env, eval_envs, replay, agent, logger, folder):
@@ -86,9 +87,11 @@ def train(config, env, eval_envs, replay, agent, logger, folder):
 def run_evaluation(config, eval_envs, replay, agent, logger, folder, step, episode):
     """Evaluate the policy after `step` decisions and save what the flags ask for."""
     start = time.time()
-    video = folder / "video" / f"{step}.mp4" if config.save_video else None
-    returns = evaluate(eval_envs, agent, config.num_eval_episodes, eval_seed(config), video, logger.message)
+    seed, film = eval_seed(config), config.save_video
+    returns, frames = evaluate(eval_envs, agent, config.num_eval_episodes, seed, film, logger.message)
     logger.eval_row(step, episode=episode, **summary(returns), returns=returns, duration=time.time() - start)
+    if frames:
+        save_video(folder / "video" / f"{step}.mp4", frames, eval_envs[0].metadata["render_fps"])
     if config.save_model:
         save_model(agent, folder / "model", step)
     if config.save_buffer:
@@ -199,7 +202,7 @@ def run():
         train(config, env, eval_envs, replay, agent, logger, folder)
     except FloatingPointError as error:
         sys.exit(f"{folder}: stopped: {logger.explain(error)}")
-    except dmc2gym.EnvError as error:
+    except (dmc2gym.EnvError, OSError) as error:  # a full disk too
         sys.exit(f"{folder}: stopped: {error}")
     finally:
         logger.close()

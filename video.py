@@ -1,9 +1,30 @@
 """mp4 videos of episodes."""
 
+import os
+import pathlib
+import shutil
+
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 
 
 def save_video(path, frames, fps):
-    """Write frames, each (H, W, 3) uint8 with H and W multiples of 16, as an H.264 mp4."""
-    iio.imwrite(path, np.stack(frames), plugin="FFMPEG", fps=fps, codec="libx264")
+    """Write frames, each (H, W, 3) uint8 with H and W multiples of 16, as an H.264 mp4.
+
+    The file appears complete or not at all.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_suffix(".tmp.mp4")
+    try:
+        iio.imwrite(temporary, np.stack(frames), plugin="FFMPEG", fps=fps, codec="libx264", ffmpeg_log_level="quiet")
+        if imageio_ffmpeg.count_frames_and_secs(temporary)[0] != len(frames):  # ffmpeg fails without a word
+            raise OSError("incomplete")
+        os.replace(temporary, path)
+    except (OSError, RuntimeError):
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise OSError(f"{path}: no video written: ffmpeg failed; the disk has {free:,.0f} MB free") from None

@@ -11,26 +11,26 @@ allocator's defaults, which is what its user has, and with its threshold raised,
 """
 
 import dataclasses
-import json
+import itertools
 import pathlib
 import subprocess
 import sys
 import types
 
 import numpy as np
+import throughput
 import torch
 import tyro
-from throughput import in_own_process, median_seconds, random_replay
+from throughput import REPLAY, in_own_process, median_seconds, random_replay
 from torch import nn
 
 from agent import make_agent
-from config import ConfigError, exit_with, parse, parse_flags
+from config import ConfigError, exit_with, parse_flags
 from machine import keep_freed_memory, limit_threads
 from utils import git_commit, seed_everything
 
 COMMIT = "0ce9f0f"
 HOW = f"needs git clone https://github.com/BangYou01/DY2P and git -C DY2P checkout {COMMIT}"
-CAPACITY = 2000
 CPU = torch.device("cpu")
 
 
@@ -48,8 +48,6 @@ class Args:
     """Our values of --precision."""
     updates: int = 10
     """Updates timed in each row."""
-    row: str = ""
-    """Measure this one row, a JSON object, and print it as JSON (what the command runs for each row)."""
 
 
 class RandomCrop(nn.Module):
@@ -66,26 +64,27 @@ class RandomCrop(nn.Module):
         return torch.stack([image[:, i : i + self.height, j : j + self.width] for image, i, j in corners])
 
 
-def released_update(row):
-    """The released agent's update, its settings those of our defaults, on a full replay of noise."""
+def released_update(config, directory):
+    """The released agent's update with the settings of `config`, on a full replay of noise."""
     augmentation = types.SimpleNamespace(RandomCrop=RandomCrop)
     sys.modules["kornia"] = types.SimpleNamespace(augmentation=augmentation)
     sys.modules["gym"] = types.SimpleNamespace(Wrapper=object)
     np.int = int
     for name in ("utils", "encoder", "agent", "config"):
         sys.modules.pop(name, None)  # ours
-    sys.path.insert(0, row["dir"])
+    sys.path.insert(0, directory)
     import cody_sac
 
     import utils
 
-    shape, config = (9, 84, 84), parse([])
+    shape = (9, 84, 84)
     agent = cody_sac.CodySacAgent(
-        shape, (1,), CPU, action_repeat=config.action_repeat, hidden_dim=config.hidden_dim, init_temperature=0.1,
-        alpha_lr=1e-4, alpha_beta=0.5, critic_tau=0.01, encoder_tau=0.05, cody_lr=1e-4, omega_cody_loss=1e-3,
-        time_step=2,
+        shape, (1,), CPU, action_repeat=config.action_repeat, hidden_dim=config.hidden_dim,
+        init_temperature=config.init_temperature, alpha_lr=config.alpha_lr, alpha_beta=config.alpha_beta,
+        critic_tau=config.critic_tau, encoder_tau=config.encoder_tau, cody_lr=config.cody_lr,
+        omega_cody_loss=config.omega_cody_loss, time_step=2,
     )  # fmt: skip
-    replay = utils.ReplayBuffer(shape, (1,), CAPACITY, row["batch_size"], CPU)
+    replay = utils.ReplayBuffer(shape, (1,), REPLAY, config.batch_size, CPU)
     for array in (replay.obses, replay.next_obses):
         array[:] = np.random.randint(0, 256, array.shape, np.uint8)
     replay.actions[:], replay.rewards[:], replay.not_dones[:] = 0.5, 1, 1
@@ -94,27 +93,30 @@ def released_update(row):
     return lambda index: agent.update(replay, silent, index)
 
 
-def our_update(row):
+def our_update(config):
     """The project's, as train.py runs it."""
-    config = parse([f"--{name}={row[name]}" for name in ("batch_size", "update_mode", "precision")])
-    agent, replay = make_agent(config, (9, 84, 84), 1, CPU), random_replay(config, CAPACITY, 1, CPU)
+    agent, replay = make_agent(config, (9, 84, 84), 1, CPU), random_replay(config, 1, CPU)
     return lambda index: agent.update(agent.augment(replay.sample(config.batch_size)), index)
 
 
-def measure(row):
-    """The row with its `ms` per update."""
+def measure(config, updates, directory, raised):
+    """Milliseconds per update: of the released code in `directory`, of ours if that is None."""
     limit_threads()
-    if row["raised"]:
+    if raised:
         keep_freed_memory()
     seed_everything(0)
-    update, indices = (our_update if row["update_mode"] else released_update)(row), iter(range(1, 10**6))
-    return {**row, "ms": 1e3 * median_seconds(lambda: update(next(indices)), row["updates"], CPU)}
+    update = released_update(config, directory) if directory else our_update(config)
+    indices = iter(range(1, 10**6))
+    return 1e3 * median_seconds(lambda: update(next(indices)), updates, CPU)
 
 
 def check(directory):
     """Raise `ConfigError` unless `directory` is a checkout of the released code."""
     git = ["git", "-C", directory, "rev-parse", "HEAD"]
-    head = subprocess.run(git, capture_output=True, text=True).stdout
+    try:
+        head = subprocess.run(git, capture_output=True, text=True).stdout
+    except OSError:
+        raise ConfigError("git is not installed; it tells which commit DIR is at") from None
     if not head.startswith(COMMIT) or not (pathlib.Path(directory) / "cody_sac.py").exists():
         raise ConfigError(f"{directory or 'DIR'}: not the released code at commit {COMMIT}; {HOW}")
 
@@ -122,29 +124,25 @@ def check(directory):
 def main():
     try:
         args = parse_flags(Args)
-        if args.row:
-            return print(json.dumps(measure(json.loads(args.row))))
         check(args.dir)
+        ours = {name: value for name, value in vars(args).items() if name != "dir"}
+        configs = throughput.configs_of(throughput.Args(**ours, device="cpu"))
     except ConfigError as error:
         exit_with(error)
     limit_threads()
-    print(
-        f"cpu, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {git_commit()}; released {COMMIT}"
-    )
+    print(f"cpu, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {git_commit()}")
     print(f"released code at {COMMIT}, replaced in it: gym, kornia.augmentation.RandomCrop, np.int\n")
-    print(f"{'':34} {'batch':>5} {'ms':>8} {'x released':>11} {'x raised':>9}")
-    for batch_size in map(int, args.batch_sizes.split()):
-        common = {"dir": args.dir, "batch_size": batch_size, "updates": args.updates}
-        rows = [{"name": f"released, {name}", "update_mode": "", "raised": raised, **common}
-                for name, raised in (("allocator's defaults", False), ("threshold raised", True))]  # fmt: skip
-        rows += [{"name": f"{mode} {precision}", "update_mode": mode, "precision": precision, "raised": True, **common}
-                 for precision in args.precisions.split() for mode in args.modes.split()]  # fmt: skip
+    print(f"{'':34} {'batch':>5} {'ms':>8} {'x released':>11} {'x raised':>9}", flush=True)
+    for batch_size, (config, *others) in itertools.groupby(configs, lambda config: config.batch_size):
+        rows = [("released, allocator's defaults", config, args.dir, False)]
+        rows += [("released, threshold raised", config, args.dir, True)]
+        rows += [(f"{ours.update_mode} {ours.precision}", ours, None, True) for ours in (config, *others)]
         theirs = []
-        for row in rows:
-            ms = in_own_process(__file__, row)["ms"]
-            theirs += [ms] if len(theirs) < 2 else []
+        for name, config, *rest in rows:
+            ms = in_own_process(measure, config, args.updates, *rest)
+            theirs += [ms] if rest[0] else []
             ratios = "".join(f"{other / ms:{width}.2f}" for other, width in zip(theirs, (12, 10), strict=False))
-            print(f"{row['name']:34} {batch_size:5} {ms:8.1f}{ratios}", flush=True)
+            print(f"{name:34} {batch_size:5} {ms:8.1f}{ratios}", flush=True)
 
 
 if __name__ == "__main__":

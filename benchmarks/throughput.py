@@ -1,24 +1,24 @@
 """Speed and memory of the update and of whole decisions, each mode beside the faithful one.
 
     python benchmarks/throughput.py                                     CoDy at batch 128 and 256, all modes
-    python benchmarks/throughput.py --agents "cody_sac sac sac_ae" --batch_sizes "64 512" --json throughput.json
-    python benchmarks/throughput.py --replay_sizes "1000 10000 100000"  also: sampling from replays of these sizes
+    python benchmarks/throughput.py --agents "cody_sac sac sac_ae" --batch_sizes "64 512"
 
 Every row is measured in a process of its own, so that no row inherits another's memory. Times are medians over pairs
 of updates (every second one steps actor and targets), sampling and augmentation included, on random frames. `ratio` is
 the time of the first row with this batch size over the row's. FLOPs are counted by torch's FlopCounterMode; `of peak`
 is the time that they would take at the highest rate of their dtype that this run has seen, in products, convolutions
-or updates, over the time that they took. `decisions/s` are whole decisions on real pixels: act, environment step,
-store, sample, augment, update; in brackets with the environment in a worker. `GB` is the process's own peak.
+or updates, over the time that they took. `decisions/s` are whole decisions on real pixels, the environment in its
+worker: act, environment step, store, sample, augment, update. `GB` is the process's own peak.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
-import json
+import itertools
+import multiprocessing
 import pathlib
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from typing import Literal
@@ -40,6 +40,7 @@ from machine import bf16_time_ratio, keep_freed_memory, limit_threads  # noqa: E
 from replay_buffer import ReplayBuffer  # noqa: E402
 from utils import git_commit, seed_everything  # noqa: E402
 
+REPLAY = 2000  # transitions to sample from
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -60,17 +61,11 @@ class Args:
     updates: int = 10
     """Updates timed in each row."""
     decisions: int = 10
-    """Whole decisions timed in each row; 0: none."""
+    """Whole decisions timed in each row."""
     task: str = "cartpole-swingup"
     """<domain>-<task> of the whole decisions."""
-    replay_sizes: str = ""
-    """Transitions in replays to sample from, for the table of sampling times."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where."""
-    json: str = ""
-    """Also write everything to this file."""
-    row: str = ""
-    """Measure this one row, a JSON object, and print it as JSON (what the command runs for each row)."""
 
 
 def now(device):
@@ -83,22 +78,20 @@ def now(device):
 def median_seconds(update, updates, device):
     """Seconds per call of `update`, the median over pairs, after four that warm up."""
     times = []
-    for i in range(2 + updates // 2):
+    for _ in range(2 + updates // 2):
         start = now(device)
         update(), update()
-        if i >= 2:
-            times.append((now(device) - start) / 2)
-    return statistics.median(times)
+        times.append((now(device) - start) / 2)
+    return statistics.median(times[2:])
 
 
-def random_replay(config, capacity, actions, device):
-    """A full replay of noise, as many transitions as `capacity`."""
-    config = dataclasses.replace(config, replay_buffer_capacity=capacity, num_train_steps=capacity)
+def random_replay(config, actions, device):
+    """A full replay of noise."""
     size = config.image_size
     space = gymnasium.spaces.Box(0, 255, (3 * config.frame_stack, size, size), np.uint8)
     replay = ReplayBuffer(config, space, actions, device)
     noise = np.random.randint(0, 256, (64, *space.shape), np.uint8)
-    for i in range(capacity):
+    for i in range(REPLAY):
         if i % config.max_episode_steps == 0:
             replay.begin_episode(noise[i % 64])
         replay.add(np.random.rand(actions) * 2 - 1, np.random.rand(), noise[(i + 1) % 64], False)
@@ -106,23 +99,14 @@ def random_replay(config, capacity, actions, device):
 
 
 def rates(device):
-    """{dtype: the highest FLOP/s of some matrix products and of the default encoder's convolution}."""
+    """{dtype: the highest FLOP/s of a matrix product and of the default encoder's second convolution}."""
     best = {}
     for name, dtype in DTYPES.items():
-        calls = []
-        for n in (512, 1024, 2048):
-            a = torch.randn(n, n, device=device).to(dtype)
-            calls.append((2 * n**3, lambda a=a: a @ a))
-        for n in (32, 128):
-            h = torch.randn(n, 32, 39, 39, device=device).to(dtype, memory_format=torch.channels_last)
-            w = torch.randn(32, 32, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
-            calls.append((2 * n * 9 * 32 * 32 * 37**2, lambda h=h, w=w: torch.conv2d(h, w)))
-        best[name] = 0.0
-        for flops, call in calls:
-            for _ in range(6):
-                start = now(device)
-                call()
-                best[name] = max(best[name], flops / (now(device) - start))
+        a = torch.randn(2048, 2048, device=device).to(dtype)
+        h = torch.randn(128, 32, 41, 41, device=device).to(dtype, memory_format=torch.channels_last)
+        w = torch.randn(32, 32, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+        times = {2 * 2048**3: lambda a=a: a @ a, 2 * 128 * 39**2 * 9 * 32**2: lambda h=h, w=w: torch.conv2d(h, w)}
+        best[name] = max(flops / median_seconds(call, 6, device) for flops, call in times.items())
     return best
 
 
@@ -132,9 +116,8 @@ def flops_of(function):
 
     def tallied(formula):
         def count(*args, **kwargs):
-            flops = formula(*args, **kwargs)
-            by_dtype[next(arg.dtype for arg in args if isinstance(arg, torch.Tensor))] += flops
-            return flops
+            by_dtype[next(arg.dtype for arg in args if isinstance(arg, torch.Tensor))] += formula(*args, **kwargs)
+            return 0
 
         count._get_raw = True  # FlopCounterMode's mark of a formula that takes tensors, not shapes
         return count
@@ -144,28 +127,17 @@ def flops_of(function):
     return {name: by_dtype[dtype] for name, dtype in DTYPES.items()}
 
 
-def config_of(row):
-    """The config of a row."""
-    domain, _, task = row["task"].partition("-")
-    flags = ["--domain_name", domain, "--task_name", task] + (["--compile"] if row["compile"] else [])
-    for name in ("agent", "batch_size", "precision", "update_mode", "device"):
-        flags += [f"--{name}", str(row[name])]
-    return parse(flags)
-
-
-def measure(row):
-    """Everything about one row: {agent, batch_size, precision, update_mode, ...} -> the same with figures."""
+def measure(config, updates, decisions):
+    """Figures of one row, a dict."""
     keep_freed_memory()
     limit_threads()
-    config = config_of(row)
     device = choose_device(config.device)
     seed_everything(0)
-    workers = (False, True) if row["decisions"] else ()
-    envs = [open_env(dataclasses.replace(config, env_worker=worker), 0) for worker in workers]
-    actions = envs[0].action_space.shape[0] if envs else 1
+    env = open_env(config, 0)
+    actions = env.action_space.shape[0]
     peaks = rates(device)
     agent = make_agent(config, (3 * config.frame_stack, config.image_size, config.image_size), actions, device)
-    replay = random_replay(config, 2000, actions, device)
+    replay = random_replay(config, actions, device)
     index, sampling = 0, []
 
     def update():
@@ -176,108 +148,88 @@ def measure(row):
         agent.update(batch, index)
         index += 1
 
-    seconds = median_seconds(update, row["updates"], device)
+    seconds = median_seconds(update, updates, device)
     flops = {name: value / 2 for name, value in flops_of(lambda: (update(), update())).items()}
-    result = {"ms": 1e3 * seconds, "sampling_ms": 1e3 * statistics.median(sampling), "flops": flops, "peaks": peaks}
-    result["bytes_per_transition"] = replay.nbytes / 2000
-    for worker, env in zip(workers, envs, strict=True):
-        obs = env.reset()
-        agent.act(obs, sample=True)  # compiled by now, if it is to be
-        start = now(device)
-        for _ in range(row["decisions"]):
-            action = agent.act(obs, sample=True)
-            env.start(action)
-            update()
-            obs, reward, _, _ = env.finish()
-            replay.add(action, reward, obs, False)
-        result["decisions_per_s" + ("_worker" if worker else "")] = row["decisions"] / (now(device) - start)
-        env.close()
+    obs = env.reset()
+    agent.act(obs, sample=True)  # compiled by now, if it is to be
+    start = now(device)
+    for _ in range(decisions):
+        action = agent.act(obs, sample=True)
+        env.start(action)
+        update()
+        obs, reward, _, _ = env.finish()
+        replay.add(action, reward, obs, False)
+    per_s = decisions / (now(device) - start)
+    env.close()
     cuda = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**row, "device": str(device), "peak_gb": peak / 1e9, **result}
+    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "seconds": seconds, "sampling": statistics.median(sampling) / seconds, "flops": flops, "peaks": peaks,
+        "decisions_per_s": per_s, "memory": memory, "bytes_per_transition": replay.nbytes / REPLAY,
+    }  # fmt: skip
 
 
-def in_own_process(script, row):
-    """What `<script> --row <row>` prints, a JSON object, from a new process."""
-    done = subprocess.run([sys.executable, script, "--row", json.dumps(row)], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)  # it has said why
-    return json.loads(done.stdout.splitlines()[-1])
+def in_own_process(function, *args):
+    """function(*args) from a new process."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
-def rows_of(args):
-    """The rows, batch size by batch size."""
-    common = {"updates": args.updates, "decisions": args.decisions, "task": args.task, "device": args.device}
-    for batch_size in map(int, args.batch_sizes.split()):
-        for agent in args.agents.split():
-            for precision in args.precisions.split():
-                for mode in args.modes.split():
-                    for compiled in (False, True) if args.compile else (False,):
-                        row = {"agent": agent, "batch_size": batch_size, "precision": precision, "update_mode": mode}
-                        yield {**row, "compile": compiled, **common}
+def configs_of(args):
+    """The rows, batch size by batch size, as a list; `ConfigError` if there is none or one cannot be timed."""
+    if min(args.updates, args.decisions) < 2:
+        raise ConfigError(f"--updates {args.updates} --decisions {args.decisions}: must be at least 2")
+    domain, _, task = args.task.partition("-")
+    common = f"--device {args.device} --domain_name {domain} --task_name {task} --replay_buffer_capacity {REPLAY}"
+    values = (text.split() for text in (args.batch_sizes, args.agents, args.precisions, args.modes))
+    configs = []
+    for batch_size, agent, precision, mode in itertools.product(*values):
+        row = f"{common} --batch_size {batch_size} --agent {agent} --precision {precision} --update_mode {mode}"
+        configs += [parse(f"{row}{more}".split()) for more in ("", " --compile")[: 1 + args.compile]]
+    if not configs:
+        raise ConfigError("nothing to measure: each of the flags that lists values needs one at least")
+    return configs
 
 
-def print_table(rows):
-    """One line a row."""
+def highest_rates(rows):
+    """{dtype: FLOP/s} of the probes, or of an update that beats them, so that no row is above 100 %."""
     best = {name: max(row["peaks"][name] for row in rows) for name in DTYPES}
-    for row in rows:  # an update of one dtype that beats the probes is the peak itself
-        used = [name for name in DTYPES if row["flops"][name]]
-        if len(used) == 1:
-            best[used[0]] = max(best[used[0]], 1e3 * row["flops"][used[0]] / row["ms"])
-    print(
-        f"\n{'':36} {'batch':>5} {'ms':>8} {'ratio':>6} {'sampling':>9} {'decisions/s':>15} {'GFLOP':>7} {'of peak':>8}"
-    )
-    first = {}
-    for row in rows:
-        baseline = first.setdefault(row["batch_size"], row)
-        name = f"{row['agent']} {row['update_mode']} {row['precision']}" + (" compiled" if row["compile"] else "")
+    for row in sorted(rows, key=lambda row: row["flops"]["bf16"]):  # those of float32 alone first
+        name = "bf16" if row["flops"]["bf16"] else "fp32"
+        others = sum(row["flops"][other] / best[other] for other in DTYPES if other != name)
+        best[name] = max(best[name], row["flops"][name] / (row["seconds"] - others))
+    return best
+
+
+def print_table(configs, rows):
+    """One line a row."""
+    best, first = highest_rates(rows), {}
+    titles = ("batch", "ms", "ratio", "sampling", "decisions/s", "GFLOP", "of peak", "GB", "KB/transition")
+    print("\n" + " " * 36 + "".join(f"{title:>14}" for title in titles))
+    for config, row in zip(configs, rows, strict=True):
+        name = f"{config.agent} {config.update_mode} {config.precision}" + " compiled" * config.compile
+        baseline = first.setdefault(config.batch_size, row)
         ideal = sum(row["flops"][dtype] / best[dtype] for dtype in DTYPES)
-        decisions = f"{row.get('decisions_per_s', 0):.2f} ({row.get('decisions_per_s_worker', 0):.2f})"
-        print(
-            f"{name:36} {row['batch_size']:5} {row['ms']:8.1f} {baseline['ms'] / row['ms']:6.2f}"
-            f" {100 * row['sampling_ms'] / row['ms']:8.1f}% {decisions:>15} {sum(row['flops'].values()) / 1e9:7.1f}"
-            f" {1e5 * ideal / row['ms']:7.0f}%  {row['peak_gb']:.2f} GB,"
-            f" {row['bytes_per_transition'] / 1e3:.1f} KB/transition"
-        )
+        cells = (
+            f"{config.batch_size}", f"{1e3 * row['seconds']:.1f}", f"{baseline['seconds'] / row['seconds']:.2f}",
+            f"{row['sampling']:.1%}", f"{row['decisions_per_s']:.2f}", f"{sum(row['flops'].values()) / 1e9:.1f}",
+            f"{ideal / row['seconds']:.0%}", f"{row['memory'] / 1e9:.2f}", f"{row['bytes_per_transition'] / 1e3:.1f}",
+        )  # fmt: skip
+        print(f"{name:36}" + "".join(f"{cell:>14}" for cell in cells))
     print("\nhighest rates, GFLOP/s: " + ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in best.items()))
-
-
-def print_sampling(sizes):
-    """Milliseconds to sample a batch of 128 from replays of these sizes."""
-    keep_freed_memory()
-    print(f"\n{'transitions':>12} {'ms/sample':>10} {'GB':>6}   batch 128")
-    for size in sizes:
-        replay = random_replay(parse([]), size, 1, torch.device("cpu"))
-        times = []
-        for _ in range(50):
-            start = time.perf_counter()
-            replay.sample(128)
-            times.append(time.perf_counter() - start)
-        print(f"{size:12,} {1e3 * statistics.median(times):10.2f} {replay.nbytes / 1e9:6.2f}", flush=True)
 
 
 def main():
     try:
         args = parse_flags(Args)
-        if args.row:
-            return print(json.dumps(measure(json.loads(args.row))))
-        if args.updates < 2 or args.decisions < 0:
-            raise ConfigError(f"--updates {args.updates} --decisions {args.decisions}: at least 2 and 0")
-        device = choose_device(args.device)
-        for row in rows_of(args):
-            config_of(row)
+        device, configs = choose_device(args.device), configs_of(args)
+        limit_threads()
+        print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {git_commit()}")
+        if device.type == "cpu":
+            print(f"a convolution takes {bf16_time_ratio():.2f} times as long in bf16 as in fp32", flush=True)
+        print_table(configs, [in_own_process(measure, config, args.updates, args.decisions) for config in configs])
     except (ConfigError, EnvError) as error:
         exit_with(error)
-    limit_threads()
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {git_commit()}")
-    if device.type == "cpu":
-        print(f"a convolution takes {bf16_time_ratio():.2f} times as long in bf16 as in fp32")
-    rows = [in_own_process(__file__, row) for row in rows_of(args)]
-    print_table(rows)
-    if args.replay_sizes:
-        print_sampling(map(int, args.replay_sizes.split()))
-    if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

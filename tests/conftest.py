@@ -1,6 +1,9 @@
 """Shared by the tests: small agents and random batches."""
 
 import dataclasses
+import importlib
+import sys
+import types
 
 import gymnasium
 import numpy as np
@@ -22,6 +25,28 @@ def make_replay(capacity, frame_shape, action_dim, frame_stack=3, episode_steps=
     pixels = len(shape) == 3
     space = gymnasium.spaces.Box(0, 255, shape, np.uint8 if pixels else np.float32)
     return ReplayBuffer(config, space, action_dim, torch.device(device))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Factory: `call("train.py", flags)` is that command in this process, without the seconds that a new one takes to
+    import torch and to find out what draws; its exit code, stdout and stderr."""
+
+    def command(script, flags):
+        module = importlib.import_module(script.removesuffix(".py"))
+        monkeypatch.setattr(sys, "argv", [script, *flags.split()])
+        capsys.readouterr()
+        code = None
+        try:
+            module.main()
+        except SystemExit as exit_:
+            code = exit_.code
+        out, err = capsys.readouterr()
+        if isinstance(code, str):  # what Python does with sys.exit("words")
+            code, err = 1, f"{err}{code}\n"
+        return types.SimpleNamespace(returncode=code or 0, stdout=out, stderr=err)
+
+    return command
 
 
 @pytest.fixture

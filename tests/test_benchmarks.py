@@ -1,46 +1,69 @@
 """The benchmark commands print what they claim to measure."""
 
-import json
 import pathlib
-import subprocess
 import sys
 
 import pytest
 
-BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 
 
-def run(script, *flags):
-    return subprocess.run([sys.executable, str(BENCHMARKS / script), *flags], capture_output=True, text=True)
-
-
-def test_throughput(tmp_path):
-    table = tmp_path / "t.json"
-    flags = "--batch_sizes 2 --precisions fp32 --updates 2 --decisions 2 --replay_sizes 1000"
-    result = run("throughput.py", *flags.split(), "--json", str(table))
+def test_throughput(call):
+    result = call("throughput.py", "--batch_sizes 2 --precisions fp32 --modes joint --updates 2 --decisions 2")
     assert result.returncode == 0, result.stderr
     assert "times as long in bf16 as in fp32" in result.stdout
-    sequential, joint = json.loads(table.read_text())
-    assert joint["bytes_per_transition"] < 21_600
+    (row,) = [line.split() for line in result.stdout.splitlines() if line.startswith("cody_sac joint fp32")]
+    batch, ms, ratio, sampling, decisions_per_s, gflop, of_peak, memory, kilobytes = row[3:]
+    assert (batch, ratio) == ("2", "1.00") and 0 < float(sampling[:-1]) < 100 and 0 < float(of_peak[:-1]) <= 100
+    assert float(kilobytes) < 21.6 and float(decisions_per_s) > 0 and float(ms) > 0 and float(memory) > 0
     # by hand: convolutions and heads of 4 passes forward and one backward, for a batch of 2
     of_convs = [2 * 9 * (9 if i == 0 else 32) * 32 * size**2 for i, size in enumerate((41, 39, 37, 35))]
-    of_joint = 2 * (6 * sum(of_convs) - of_convs[0])
-    assert of_joint < joint["flops"]["fp32"] < 1.3 * of_joint and joint["flops"]["bf16"] == 0
-    assert sequential["flops"]["fp32"] > 1.3 * joint["flops"]["fp32"]
-    assert joint["decisions_per_s_worker"] > 0 < joint["decisions_per_s"]
-    assert 0 < joint["sampling_ms"] < joint["ms"]
+    of_joint = 2 * (6 * sum(of_convs) - of_convs[0]) / 1e9
+    assert of_joint < float(gflop) < 1.3 * of_joint
+
+
+def test_no_row_is_above_its_peak():
+    """Updates that are faster than the products that were timed become the peak themselves."""
+    from throughput import highest_rates
+
+    rows = [
+        {"seconds": seconds, "flops": {"fp32": fp32, "bf16": bf16}, "peaks": {"fp32": 10.0, "bf16": 20.0}}
+        for seconds, fp32, bf16 in ((1.0, 50.0, 0.0), (1.0, 10.0, 80.0), (1.0, 5.0, 10.0))
+    ]
+    best = highest_rates(rows)
+    assert best == pytest.approx({"fp32": 50.0, "bf16": 100.0})
+    shares = [sum(row["flops"][name] / best[name] for name in best) for row in rows]
+    assert shares == pytest.approx([1.0, 1.0, 0.2])
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("--updates 1", "--updates 1 --decisions 10: must be at least 2"),
+        ("--batch_sizes many", "Error parsing --batch_size: invalid literal for int() with base 10: 'many'"),
+        ("--batch_sizes 3000", "--batch_size 3000: must not exceed what the replay can hold"),
+        ("--modes fast", "invalid choice 'fast' for argument '--update_mode'"),
+        ("--modes=", "nothing to measure"),
+    ],
+)
+def test_what_cannot_be_timed(call, flags, line):
+    result = call("throughput.py", flags)
+    assert (result.returncode, result.stdout) == (2, "") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"throughput.py: error: {line}") and len(result.stderr) <= 201
 
 
 @pytest.mark.parametrize("directory", ["", "tests", "/no/such/folder"])
-def test_released_says_what_it_needs(directory):
-    result = run("released.py", *([directory] if directory else []))
+def test_released_says_what_it_needs(call, directory):
+    result = call("released.py", directory)
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
     assert "needs git clone https://github.com/BangYou01/DY2P and git -C DY2P checkout 0ce9f0f" in result.stderr
-    assert len(result.stderr) <= 200
+    assert len(result.stderr) <= 201
 
 
 def test_our_row_of_released():
-    row = {"update_mode": "joint", "precision": "fp32", "batch_size": 2, "updates": 2, "raised": True}
-    result = run("released.py", "--row", json.dumps(row))
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["ms"] > 0
+    import released
+
+    from config import parse
+
+    config = parse("--update_mode joint --batch_size 2 --replay_buffer_capacity 2000".split())
+    assert released.measure(config, 2, None, True) > 0

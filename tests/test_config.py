@@ -1,6 +1,7 @@
 """Flags: published names and defaults, the task table, and one clear line for each value that cannot work."""
 
 import dataclasses
+import os
 import pathlib
 import re
 import subprocess
@@ -106,9 +107,8 @@ def test_bad_values(flags, line):
     "flags",
     [f"--batch_size {'9' * 300}", f"--{'x' * 300} 1", "--batch_size", f"--device {'z' * 300}", "--critic_lr 1e39", "x"],
 )
-def test_every_refusal_is_one_short_line(tmp_path, flags):
-    command = [sys.executable, "train.py", *flags.split(), "--work_dir", str(tmp_path / "runs")]
-    result = subprocess.run(command, capture_output=True, text=True)
+def test_every_refusal_is_one_short_line(tmp_path, call, flags):
+    result = call("train.py", f"{flags} --work_dir {tmp_path}/runs")
     line = result.stderr.removesuffix("\n")
     assert result.returncode == 2 and result.stdout == "" and not (tmp_path / "runs").exists()
     assert "error: " in line and "\n" not in line and len(line.split("error: ", 1)[1]) <= 200
@@ -137,3 +137,15 @@ def test_help_explains_every_flag():
 def test_config_imports_without_torch():
     code = "import config, sys; assert not {'torch', 'dm_control'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_refusals_without_unicode():
+    """A terminal that knows ASCII only gets another frame around tyro's messages, which goes too."""
+    for flags, line in (
+        ("--update_mode fast", "invalid choice 'fast' for argument '--update_mode'. Expected one of "),
+        ("--bach 3", "unrecognized flag --bach; the nearest is --batch_size\n"),
+    ):
+        code = f"import config, sys\ntry: config.parse({flags.split()})\nexcept config.ConfigError as e: print(e)"
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert result.stdout.startswith(line), result.stdout

@@ -167,7 +167,8 @@ def test_rendering_backend():
 
 
 def test_no_usable_backend_names_the_packages(monkeypatch):
-    monkeypatch.setattr(dmc2gym, "_can_draw", lambda backend: False)
+    monkeypatch.setattr(dmc2gym, "renderer", lambda backend: None)
+    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
     monkeypatch.delitem(sys.modules, "dm_control")
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")

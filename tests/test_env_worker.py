@@ -76,10 +76,11 @@ def test_diverged_physics_stops_at_ten_episodes_in_a_row():
     config = parse(STATE.split())
     env, said = Exploding(config, 0, every=1), []
     with pytest.raises(EnvError, match=f"diverged in {PHYSICS_ERRORS} episodes in a row: Physics state is invalid"):
-        evaluate([env], Agent(env.action_space), 20, 0, None, said.append)
+        evaluate([env], Agent(env.action_space), 20, 0, False, said.append)
     assert len(said) == PHYSICS_ERRORS - 1
     env = Exploding(config, 0, every=2)
-    assert len(evaluate([env], Agent(env.action_space), 30, 0, None, said.append)) == 30
+    returns, frames = evaluate([env], Agent(env.action_space), 30, 0, True, said.append)
+    assert len(returns) == 30 and len(frames) == 4  # the first episode is a bad one
 
 
 def test_diverged_physics_in_a_worker():
@@ -125,10 +126,9 @@ def test_what_cannot_draw_is_one_line(tmp_path, setting, line):
     assert result.returncode == 2 and not (tmp_path / "w").exists()
     assert re.fullmatch(f"train.py: error: {line}.*\n", result.stderr) and len(result.stderr) <= 200
     if name == "MUJOCO_GL":  # states need no renderer
-        for worker in ("--env_worker", "--no_env_worker"):
-            states = [*command, *STATE.split(), worker]
-            result = subprocess.run(states, env=environment, capture_output=True, text=True)
-            assert result.returncode == 0 and result.stderr == "", result.stderr
+        states = [*command, *STATE.split(), "--env_worker" if value == "foo" else "--no_env_worker"]
+        result = subprocess.run(states, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0 and result.stderr == "", result.stderr
 
 
 def test_capitals_name_a_backend():

@@ -48,9 +48,8 @@ def test_packages_are_pinned_and_used():
     assert all("==" in line for line in lines)
     listed = {line.split("==")[0] for line in lines}
     used = set().union(*(imports(path) for path in FILES.values())) - set(FILES) - set(sys.stdlib_module_names)
-    modules = {"skimage": "scikit-image"}
+    modules = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}
     needed_by_others = {
-        "imageio-ffmpeg",  # the encoder that imageio calls
         "tensorboard",  # what torch.utils.tensorboard writes with
         "mujoco",  # pinned for dm_control
     }

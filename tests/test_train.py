@@ -6,6 +6,7 @@ import os
 import pathlib
 import pty
 import random
+import resource
 import signal
 import struct
 import subprocess
@@ -22,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import evaluate
 from logger import Logger
+from video import save_video
 
 ROOT = pathlib.Path(__file__).parent.parent
 # 10 decisions an episode
@@ -162,7 +164,7 @@ def test_rows_say_how_fast_the_run_is(trained):
     assert sum(row["updates_per_s"] * row["duration"] for row in train) == pytest.approx(30 - 12)
 
 
-def test_evaluate_gives_the_logged_returns_again(trained, tmp_path, monkeypatch, capsys):
+def test_evaluate_gives_the_logged_returns_again(trained, tmp_path):
     folder, _ = trained
     result = run(f"--run {folder} --num_eval_episodes 2 --video {tmp_path}/e.mp4", None, "evaluate.py")
     assert result.returncode == 0, result.stderr
@@ -171,30 +173,81 @@ def test_evaluate_gives_the_logged_returns_again(trained, tmp_path, monkeypatch,
     assert iio.imread(tmp_path / "e.mp4", plugin="FFMPEG").shape == (10, 256, 256, 3)
     result = run(f"--run {folder} --num_eval_episodes 2 --step 15", None, "evaluate.py")
     assert json.loads(result.stdout)["returns"] == rows(folder, "eval.log")[1]["returns"]
+
+
+class Code:
+    """A checkpoint that would run code where it is unpickled without care."""
+
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
+
+
+def test_evaluate_refuses_in_one_line(trained, tmp_path, monkeypatch, call):
+    """A copy of the run without its models, with files that are none; and folders that are no run."""
+    model = trained[0] / "model"
+    folder = tmp_path / "run"
+    (folder / "model").mkdir(parents=True)
+    args = json.loads((trained[0] / "args.json").read_text()) | {"env_worker": False}
+    (folder / "args.json").write_text(json.dumps(args))
+    monkeypatch.chdir(tmp_path)
+    networks = torch.load(model / "36.pt", weights_only=True)
+    first = next(iter(networks))
+    (folder / "model" / "1.pt").write_bytes(b"PK not a model")
+    torch.save(Code(), folder / "model" / "2.pt")
+    torch.save({"foreign": 1}, folder / "model" / "3.pt")
+    torch.save({**networks, first: {}}, folder / "model" / "4.pt")
+    (folder / "model" / "5.pt").write_bytes((model / "36.pt").read_bytes()[:5000])
+    (folder / "model" / "6.pt").mkdir()
+    other, typed = (json.dumps({**args, "batch_size": value}) for value in (0, "a"))
+    for name, text in {"broken": "{", "list": "[]", "other": other, "typed": typed}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(text)
+    (tmp_path / "e.mp4").touch()
+    no_run = "not the folder of a run (args.json: "
     for flags, line in (
-        (f"--run {folder} --step 7", f"--step 7: not in {folder}/model, which has 0, 15, 30, 36"),
-        (f"--run {tmp_path}", f"{tmp_path}: not the folder of a run"),
-        (f"--run {folder} --num_eval_episodes 0", "--num_eval_episodes 0: must be at least 1"),
-        (f"--run {folder} --video {tmp_path}/e.mp4", f"--video {tmp_path}/e.mp4: exists and is not written over"),
-        (f"--run {folder} --video {tmp_path}/e.txt", f"--video {tmp_path}/e.txt: must end in .mp4"),
-        (f"--run {folder} --video {tmp_path}/a/e.mp4", f"--video {tmp_path}/a/e.mp4: {tmp_path}/a is not a folder"),
-        (f"--run {folder} --step 99", f"{folder}/model/99.pt: cannot be read"),
+        ("--run run --step 7", "--step 7: not in run/model, which has 1, 2, 3, 4, 5, 6"),
+        *((f"--run run --step {step}", f"run/model/{step}.pt: no model of this run (") for step in range(1, 7)),
+        ("--run .", f".: {no_run}No such file or directory)"),
+        ("--run e.mp4", f"e.mp4: {no_run}Not a directory)"),
+        ("--run broken", f"broken: {no_run}"),
+        ("--run list", f"list: {no_run}"),
+        ("--run other", f"other: {no_run}--batch_size 0: must be at least 1)"),
+        ("--run typed", f"typed: {no_run}"),
+        ("--run run --num_eval_episodes 0", "--num_eval_episodes 0: must be at least 1"),
+        ("--run run --video e.mp4", "--video e.mp4: exists and is not written over"),
+        ("--run run --video e.txt", "--video e.txt: must end in .mp4"),
+        ("--run run --video a/e.mp4", f"--video a/e.mp4: {tmp_path}/a is not a folder"),
     ):
-        (folder / "model" / "99.pt").write_bytes(b"PK not a model" if "99" in flags else b"")
-        if "99" not in flags:
-            (folder / "model" / "99.pt").unlink()
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags.split()])
-        with pytest.raises(SystemExit) as exit_:
-            evaluate.main()
-        out, err = capsys.readouterr()
-        assert (exit_.value.code, out) == (2, "") and err.count("\n") == 1
-        assert err.startswith(f"evaluate.py: error: {line}")
+        result = call("evaluate.py", flags)
+        assert (result.returncode, result.stdout) == (2, "") and result.stderr.count("\n") == 1
+        assert result.stderr.startswith(f"evaluate.py: error: {line}") and len(result.stderr) <= 201, result.stderr
+    assert not (tmp_path / "unpickled").exists()
 
 
-def test_same_seed_same_logs(trained, tmp_path):
+def test_evaluate_on_a_full_disk(trained, tmp_path, monkeypatch, call):
+    """Where no file may grow beyond 1,000 bytes there is no video, nor half of one, but the returns are there."""
+    folder, _ = trained
+
+    def on_a_full_disk(*args):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            save_video(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(evaluate, "save_video", on_a_full_disk)
+    result = call("evaluate.py", f"--run {folder} --num_eval_episodes 2 --video {tmp_path}/e.mp4")
+    assert result.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert json.loads(result.stdout)["returns"] == rows(folder, "eval.log")[-1]["returns"]
+    line = f"evaluate.py: error: {tmp_path}/e.mp4: no video written: ffmpeg failed; the disk has "
+    assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
+
+
+def test_same_seed_same_logs(trained, tmp_path, call):
     """Byte-identical values, times aside; what is saved beside them does not matter, nor do workers."""
     folder, _ = trained
-    assert run(SMALL, tmp_path).returncode == 0
+    assert call("train.py", f"{SMALL} --work_dir {tmp_path}").returncode == 0
     again = only_run(tmp_path)
     for name in ("train.log", "eval.log"):
         ours, theirs = rows(folder, name), rows(again, name)
@@ -204,9 +257,9 @@ def test_same_seed_same_logs(trained, tmp_path):
         assert json.dumps(ours) == json.dumps(theirs)
 
 
-def test_another_seed_is_another_run(trained, tmp_path):
+def test_another_seed_is_another_run(trained, tmp_path, call):
     folder, _ = trained
-    assert run(SMALL.replace("--seed 3", "--seed -1"), tmp_path).returncode == 0
+    assert call("train.py", f"{SMALL} --seed -1 --work_dir {tmp_path}").returncode == 0
     again = only_run(tmp_path)
     assert again.name.endswith(f"-s{json.loads((again / 'args.json').read_text())['seed']}")
     assert rows(again, "eval.log")[0]["returns"] != rows(folder, "eval.log")[0]["returns"]
@@ -216,21 +269,21 @@ def test_another_seed_is_another_run(trained, tmp_path):
     "flags",
     [
         "--pre_transform_image_size 100 --frame_stack 2 --detach_encoder --updates_per_step 2",
-        "--save_video --num_train_steps 60 --encoder_type identity",
+        "--save_video --encoder_type identity --num_train_steps 60",
         "--agent sac --encoder_type protorl --image_size 64 --num_layers 2",
         "--agent sac_ae --save_tb --image_size 64",
         "--cody_objective published --save_tb",
     ],
 )
-def test_whole_runs_of_variants(tmp_path, flags):
-    result = run(f"{STATE if 'identity' in flags else SMALL} {flags}", tmp_path)
+def test_whole_runs_of_variants(tmp_path, call, flags):
+    result = call("train.py", f"{STATE if 'identity' in flags else SMALL} {flags} --work_dir {tmp_path}")
     assert result.returncode == 0, result.stderr
     folder = only_run(tmp_path)
     assert rows(folder, "eval.log")[-1]["step"] == (60 if "60" in flags else 36)
     train = rows(folder, "train.log")
     last = train[-1]
     of_cody, of_sac = {"info_nce", "kl"} <= set(last), {"critic_loss", "actor_loss"} <= set(last)
-    assert of_sac and of_cody == ("--agent" not in flags and "published" not in flags)
+    assert of_sac and of_cody == ("pre_transform" in flags)
     if "--updates_per_step 2" in flags:
         assert sum(row["updates_per_s"] * row["duration"] for row in train) == pytest.approx(2 * (30 - 12))
     if "identity" in flags:
@@ -317,28 +370,30 @@ def test_divergence_is_warned_of_once_per_episode(tmp_path, capsys):
         ("--num_train_steps 900000000 --replay_buffer_capacity 900000000", "--replay_buffer_capacity 900000000: its"),
     ],
 )
-def test_bad_input_is_one_line_and_creates_nothing(tmp_path, flags, line):
-    result = run(f"{WORKERS} {flags}", tmp_path / "runs", cwd=tmp_path)
+def test_bad_input_is_one_line_and_creates_nothing(tmp_path, monkeypatch, call, flags, line):
+    monkeypatch.chdir(tmp_path)
+    result = call("train.py", f"{WORKERS} {flags} --work_dir {tmp_path}/runs")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"train.py: error: {line}") and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("flag", ["--device cuda", "--replay_device cuda", "--compile"])
-def test_what_is_asked_for_and_not_there(tmp_path, flag):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "CXX": "no-such-compiler"}
-    result = run(f"{SMALL} {flag}", tmp_path / "runs", env=environment)
+def test_what_is_asked_for_and_not_there(tmp_path, monkeypatch, call, flag):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = call("train.py", f"{SMALL} {flag} --work_dir {tmp_path}/runs")
     assert result.returncode == 2 and result.stderr.startswith(f"train.py: error: {flag}: ")
     assert result.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
-def test_unwritable_work_dir(tmp_path):
+def test_unwritable_work_dir(tmp_path, call):
     (tmp_path / "file").write_text("")
-    result = run(SMALL, tmp_path / "file" / "runs")
+    result = call("train.py", f"{SMALL} --work_dir {tmp_path}/file/runs")
     expected = f"train.py: error: --work_dir {tmp_path}/file/runs: {tmp_path}/file is not a folder\n"
     assert (result.returncode, result.stderr) == (2, expected)
     assert (tmp_path / "file").read_text() == ""
-    result = run(SMALL, "/proc/runs")  # root may write there, and still cannot
+    result = call("train.py", f"{SMALL} --work_dir /proc/runs")  # root may write there, and still cannot
     assert result.returncode == 2 and result.stderr.startswith("train.py: error: --work_dir /proc/runs: ")
     assert result.stderr.count("\n") == 1
 
@@ -353,8 +408,8 @@ def test_an_existing_run_is_not_written_over(tmp_path, monkeypatch):
     assert names == ["cody_sac-now-s1", "cody_sac-now-s1-2", "cody_sac-now-s1-3"]
 
 
-def test_a_non_finite_loss_stops_the_run(tmp_path):
-    result = run(f"{SMALL} --critic_lr 1e30", tmp_path)
+def test_a_non_finite_loss_stops_the_run(tmp_path, call):
+    result = call("train.py", f"{SMALL} --critic_lr 1e30 --work_dir {tmp_path}")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     line = result.stderr.strip().splitlines()[-1]
     folder = only_run(tmp_path)
@@ -363,9 +418,9 @@ def test_a_non_finite_loss_stops_the_run(tmp_path):
     assert rows(folder, "train.log")[0]["step"] == 10 and rows(folder, "eval.log")[0]["step"] == 0
 
 
-def test_a_policy_that_diverges_between_readings_stops_the_run(tmp_path):
+def test_a_policy_that_diverges_between_readings_stops_the_run(tmp_path, call):
     """Not in the physics, and with the loss's name where there is one."""
-    result = run(f"{SMALL.replace('--log_interval 4', '--log_interval 1000')} --actor_lr 1e30", tmp_path)
+    result = call("train.py", f"{SMALL} --log_interval 1000 --actor_lr 1e30 --work_dir {tmp_path}")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     line = result.stderr.strip().splitlines()[-1]
     assert "stopped: " in line and "at step 1" in line and "last metrics: " in line
