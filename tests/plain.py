@@ -1,14 +1,12 @@
 """The default update of CoDy + SAC written in the plainest way: an oracle for the tests.
 
 The equations of docs/algorithm.md with the published sizes, and none of the project's code: contiguous NCHW float32,
-every network computes its own features, two Adams step the encoder for CoDy, the replay stores both stacks of every
-transition. tests/test_plain.py holds it to the project's update, so that a ratio of times compares equal work.
+every network computes its own features, two Adams step the encoder for CoDy.
 """
 
 import copy
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -156,45 +154,3 @@ class PlainAgent:
     def soft_update(net, target, tau):
         for p, t in zip(net.parameters(), target.parameters(), strict=True):
             t.data.copy_(tau * p.data + (1 - tau) * t.data)
-
-
-class PlainReplay:
-    """Both stacks of every transition, (C, H, W) uint8 each."""
-
-    def __init__(self, capacity, obs_shape, actions, device):
-        self.obs = np.zeros((capacity, *obs_shape), np.uint8)
-        self.next_obs = np.zeros((capacity, *obs_shape), np.uint8)
-        self.action = np.zeros((capacity, actions), np.float32)
-        self.reward = np.zeros((capacity, 1), np.float32)
-        self.not_done = np.ones((capacity, 1), np.float32)
-        self.device = device
-
-    @property
-    def nbytes(self):
-        arrays = (self.obs, self.next_obs, self.action, self.reward, self.not_done)
-        return sum(array.nbytes for array in arrays)
-
-    def sample(self, batch_size):
-        """The batch of `PlainAgent.update`, images as float32 and not yet augmented."""
-        i = np.random.randint(1, len(self.obs), batch_size)
-        arrays = (
-            self.obs[i - 1],
-            self.action[i - 1],
-            self.obs[i],
-            self.action[i],
-            self.reward[i],
-            self.next_obs[i],
-            self.not_done[i],
-        )
-        return [torch.as_tensor(array, device=self.device).float() for array in arrays]
-
-
-def augment(batch):
-    """Random shift of the three observations: replicate-pad 4, crop back."""
-    batch = list(batch)
-    for k in (0, 2, 5):
-        size = batch[k].shape[-1]
-        padded = F.pad(batch[k], (4, 4, 4, 4), mode="replicate")
-        corners = np.random.randint(0, 9, (len(padded), 2))
-        batch[k] = torch.stack([x[:, i : i + size, j : j + size] for x, (i, j) in zip(padded, corners, strict=True)])
-    return batch

@@ -1,8 +1,7 @@
-"""The benchmark's plain baseline does the same update as the project: an independent writing of all of it."""
+"""The plainest way of writing the update, with none of the project's code, gives the same losses."""
 
 import torch
-import torch.nn.functional as F
-from plain import PlainAgent, augment
+from plain import PlainAgent
 
 
 def channels_first(weight):
@@ -57,18 +56,3 @@ def test_updates_agree(small_agent, random_batch):
     torch.testing.assert_close(
         plain.critic_target.encoder.fc.weight, channels_first(agent.target_encoder.head.fc.weight), rtol=0, atol=2e-4
     )
-
-
-def test_augmentation_is_a_shift_of_each_image_by_up_to_four_pixels():
-    batch = [torch.rand(8, 9, 20, 20) for _ in range(7)]
-    shifted = augment(batch)
-    shifts = set()
-    for k in (0, 2, 5):
-        padded = F.pad(batch[k], (4, 4, 4, 4), mode="replicate")
-        for image, source in zip(shifted[k], padded, strict=True):
-            (found,) = (
-                (i, j) for i in range(9) for j in range(9) if torch.equal(image, source[:, i:, j:][:, :20, :20])
-            )
-            shifts.add(found)
-    assert len(shifts) > 8  # of 81, in 24 draws
-    assert all(shifted[k] is batch[k] for k in (1, 3, 4, 6))
