@@ -3,22 +3,26 @@
 import torch
 
 
-def random_shift(images, pad=4):
+def random_shift(images, times=1, pad=4):
     """Shift each image by up to `pad` pixels each way, repeating its border: DrQ's replicate-pad and random crop.
 
     Args:
         images: (B, C, H, W).
+        times: augmentations of each image.
         pad: largest shift in pixels.
 
     Returns:
-        (B, C, H, W) of the same dtype; one shift per image, the same for all its channels.
+        (times * B, C, H, W) of the same dtype, all images once, then all again; one shift per image, the same for all
+        its channels.
     """
-    return _crop_at(images, images.shape[-1], torch.randint(-pad, pad + 1, (len(images), 2), device=images.device))
+    corners = torch.randint(-pad, pad + 1, (times * len(images), 2), device=images.device)
+    return _crop_at(images, images.shape[-1], corners)
 
 
-def random_crop(images, size):
-    """One random `size` x `size` window of each image: (B, C, H, W) -> (B, C, size, size)."""
-    return _crop_at(images, size, torch.randint(0, images.shape[-1] - size + 1, (len(images), 2), device=images.device))
+def random_crop(images, size, times=1):
+    """`times` random `size` x `size` windows of each image: (B, C, H, W) -> (times * B, C, size, size)."""
+    corners = torch.randint(0, images.shape[-1] - size + 1, (times * len(images), 2), device=images.device)
+    return _crop_at(images, size, corners)
 
 
 def center_crop(images, size):
@@ -28,21 +32,21 @@ def center_crop(images, size):
 
 
 def _crop_at(images, size, corner):
-    """Windows whose top left pixels are at `corner` (B, 2); pixels outside the image repeat its border.
+    """Windows whose top left pixels are at `corner` (n, 2), of image i % B; pixels outside repeat the border.
 
     Selecting whole rows of memory is far cheaper than selecting pixels. So: columns while the columns are the rows
     of memory, as the replay stores them, then the change to channels-last, then rows.
     """
-    B, C, H, W = images.shape
+    (B, C, H, W), n = images.shape, len(corner)
     steps = torch.arange(size, device=images.device)
-    rows = (corner[:, :1] + steps).clamp(0, H - 1)  # (B, size)
+    rows = (corner[:, :1] + steps).clamp(0, H - 1)  # (n, size)
     columns = (corner[:, 1:] + steps).clamp(0, W - 1)
 
     def first(count, of):  # index of the first memory row of each block
         return torch.arange(0, count * of, of, device=images.device)
 
-    columns = first(B * C, W).view(B, C, 1) + columns[:, None]  # (B, C, size)
+    columns = first(B * C, W).view(B, C, 1).repeat(n // B, 1, 1) + columns[:, None]  # (n, C, size)
     h = images.transpose(2, 3).reshape(B * C * W, H).index_select(0, columns.view(-1))
-    h = h.view(B, C, size, H).permute(0, 3, 2, 1).reshape(B * H, size * C)
-    h = h.index_select(0, (first(B, H).view(B, 1) + rows).view(-1))
-    return h.view(B, size, size, C).permute(0, 3, 1, 2)
+    h = h.view(n, C, size, H).permute(0, 3, 2, 1).reshape(n * H, size * C)
+    h = h.index_select(0, (first(n, H).view(n, 1) + rows).view(-1))
+    return h.view(n, size, size, C).permute(0, 3, 1, 2)

@@ -107,6 +107,10 @@ class Config:
     """EMA rate of the target Q networks."""
     critic_target_update_freq: int = 2
     """Updates between EMA steps of all targets."""
+    target_augmentations: int = 1
+    """K: augmentations of the next observation that the critic's target is the mean over."""
+    critic_augmentations: int = 1
+    """M: augmentations of the observation that the critic's loss is the mean over."""
     detach_encoder: bool = False
     """Stop the critic's gradient at the output of the convolutions."""
 
@@ -142,12 +146,20 @@ class Config:
     """EMA rate of the target encoder and of CoDy's target predictor."""
     num_layers: int = 4
     """Convolution layers."""
+    num_strided_layers: int = 1
+    """How many of the first convolutions have stride 2; 2 halves the cost of an update."""
+    conv_init: Literal["delta_orthogonal", "orthogonal"] = "delta_orthogonal"
+    """Initial convolutions of the encoder: orthogonal at the centre of the kernel, or over the whole kernel."""
     num_filters: int = 32
     """Filters of each convolution."""
 
     # CoDy
     cody_lr: float = 1e-4
     """Adam learning rate of CoDy's own networks."""
+    cody_warmup_updates: int = 0
+    """Updates over which CoDy's step grows linearly to its full size."""
+    cody_max_grad_norm: float | None = None
+    """Clip the norm of the gradient of CoDy's loss. None: no clip."""
     omega_cody_loss: float = 1e-3
     """Weight omega of the KL term (published objective: of its second term); 0 still computes and logs it.
     Released: README and default 0.001, train.sh 0.01."""
@@ -228,7 +240,7 @@ def complete(config: Config) -> Config:
 AT_LEAST_1 = (
     "action_repeat frame_stack image_size num_train_steps batch_size hidden_dim eval_freq num_eval_episodes "
     "critic_target_update_freq actor_update_freq encoder_feature_dim num_layers num_filters log_interval "
-    "updates_per_step predictor_layers decoder_update_freq"
+    "updates_per_step predictor_layers decoder_update_freq target_augmentations critic_augmentations"
 ).split()
 POSITIVE = "critic_lr actor_lr alpha_lr encoder_lr cody_lr decoder_lr init_temperature".split()
 FRACTIONS = "critic_tau encoder_tau".split()
@@ -239,10 +251,12 @@ VARIANTS = (
     "kl_prior kl_encoder key_encoder dynamics_layer_norm reward_prediction reward_norm action_encoder projection "
     "predictor_layers"
 ).split()
-CODY = "cody_objective beta_cody_loss cody_lr omega_cody_loss".split() + VARIANTS
+CODY = "cody_objective beta_cody_loss cody_lr omega_cody_loss cody_warmup_updates cody_max_grad_norm".split() + VARIANTS
+NOT_SAC_AE = "num_strided_layers target_augmentations critic_augmentations".split()
 DECODER = "decoder_lr decoder_update_freq decoder_latent_lambda decoder_weight_lambda".split()
 PIXELS = (
-    "image_size num_layers num_filters encoder_feature_dim encoder_lr encoder_tau detach_encoder precision update_mode"
+    "image_size num_layers num_strided_layers conv_init num_filters encoder_feature_dim encoder_lr encoder_tau "
+    "detach_encoder precision update_mode target_augmentations critic_augmentations"
 ).split()
 
 
@@ -266,6 +280,8 @@ def _ranges(c: Config):
     yield from ((0 <= getattr(c, flag) < 1, flag, "must be in [0, 1)") for flag in BETAS)
     yield 0 <= c.discount <= 1, "discount", "must be in [0, 1]"
     yield from ((getattr(c, flag) >= 0, flag, "must not be negative") for flag in WEIGHTS)
+    yield c.cody_max_grad_norm is None or c.cody_max_grad_norm > 0, "cody_max_grad_norm", "must be positive"
+    yield c.cody_warmup_updates >= 0, "cody_warmup_updates", "must not be negative"
     yield c.divergence_factor > 1, "divergence_factor", "must be above 1"
     yield 0 <= c.seed < 2**32, "seed", "must be -1 (drawn for you) or in [0, 2^32)"
     below = f"must be below the {EPISODE_LENGTH} steps of an episode, so that it has two decisions or more"
@@ -277,7 +293,14 @@ def _relations(c: Config):
     """The same of each value beside another."""
     std_max, layers = c.actor_log_std_max, _short(c.num_layers)
     yield c.actor_log_std_min < std_max, "actor_log_std_min", f"must be below --actor_log_std_max {std_max}"
-    smallest = 4 * c.num_layers - 1  # 3x3 convolutions, the first with stride 2, need at least one output pixel
+    strided = c.num_strided_layers
+    yield (
+        0 <= strided <= min(c.num_layers, 16),
+        "num_strided_layers",
+        f"must be from 0 to --num_layers {layers}, 16 at most",
+    )
+    # 3x3 convolutions need at least one output pixel: one with stride 1 takes 2 pixels, one with stride 2 half of them
+    smallest = 2**strided * 2 * (c.num_layers - strided + 1) - 1
     right = f"must be at least {_short(smallest)} pixels for --num_layers {layers}"
     yield c.image_size >= smallest, "image_size", right
     right = f"must be at least --image_size {_short(c.image_size)}"
@@ -310,6 +333,7 @@ def _combinations(c: Config):
         (["kl_encoder"], "--kl_prior learned or shared", c.kl_prior in ("learned", "shared")),
         (["reward_norm"], "--reward_prediction contrastive or regression", c.reward_prediction != "none"),
         (DECODER, "--agent sac_ae", c.agent == "sac_ae"),
+        (NOT_SAC_AE, "--agent cody_sac or sac", c.agent != "sac_ae"),
     ]
     defaults = {field.name: field.default for field in dataclasses.fields(c)}
     for flags, need, met in needs:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from encoder import CachedEncoder, make_encoder
-from utils import grad_norm, mlp, soft_update, weight_init
+from utils import grad_norm, mlp, orthogonal_convs, soft_update, weight_init
 
 
 class Actor(nn.Module):
@@ -76,7 +76,7 @@ class SAC(nn.Module):
         obs_shape: (C, H, W) that the encoder sees, or (n,) of a state.
         action_dim: |A|.
         make_auxiliary: latent dimension -> auxiliary task or None; see the module's docstring.
-        augment: random augmentation of a (B, C, H, W) batch for training.
+        augment: random augmentation of a (B, C, H, W) batch for training, `times` of each image.
         crop: deterministic crop of the same for acting.
         device: where everything runs.
     """
@@ -96,8 +96,11 @@ class SAC(nn.Module):
         self._augmented = {"obs": "obs", "next_obs": "next_obs"}
         if self.auxiliary:
             self._augmented = {**self.auxiliary.augmented, **self._augmented}
+        self._times = {"obs": config.critic_augmentations, "next_obs": config.target_augmentations}
         for module in (self.encoder, self.critic, self.actor):
             module.apply(weight_init)
+        if config.conv_init == "orthogonal":
+            self.encoder.apply(orthogonal_convs)
         # after the initialisation, so that targets start equal to their online networks
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -122,6 +125,7 @@ class SAC(nn.Module):
             if not joint:
                 groups.append({"params": self._encoder_parameters, "lr": self.auxiliary.encoder_lr})
             self.auxiliary_optimizer = adam(groups)
+            self._auxiliary_rates = [group["lr"] for group in groups]
         if config.compile:
             self._compile()
 
@@ -163,8 +167,14 @@ class SAC(nn.Module):
         return action
 
     def augment(self, batch):
-        """The batch with each observation that is looked at augmented independently."""
-        fields = {field: self._augment(getattr(batch, source)) for field, source in self._augmented.items()}
+        """The batch with each observation that is looked at augmented independently.
+
+        `obs` and `next_obs` have `--critic_augmentations` and `--target_augmentations` times B images, those of the
+        first augmentation first.
+        """
+        fields = {}
+        for field, source in self._augmented.items():
+            fields[field] = self._augment(getattr(batch, source), times=self._times.get(field, 1))
         return batch._replace(**fields)
 
     def images(self, batch):
@@ -188,12 +198,17 @@ class SAC(nn.Module):
             Metrics, a dictionary of 0-d tensors that stay where they were computed.
         """
         self._begin()
-        metrics = self._update(batch, index, detailed)
+        B = len(batch.reward)
+        first = batch._replace(obs=batch.obs[:B], next_obs=batch.next_obs[:B])
+        metrics = self._update(batch, first, index, detailed)
         metrics["batch_reward"] = batch.reward.mean()
         return {name: value.detach() for name, value in metrics.items()}
 
-    def _sequential(self, batch, index, detailed):
-        """The released order: critic; actor, temperature and targets; auxiliary task. Each sees the steps before it."""
+    def _sequential(self, batch, first, index, detailed):
+        """The released order: critic; actor, temperature and targets; auxiliary task. Each sees the steps before it.
+
+        `batch` has every augmentation, for the critic and its target, `first` the first of each.
+        """
         actor_due, targets_due, auxiliary_due = self._due(index)
         target_encoder = CachedEncoder(self.target_encoder)
         target_q = self.target_q(batch, self.encoder, target_encoder)
@@ -203,7 +218,7 @@ class SAC(nn.Module):
         critic_norm = metrics["critic_encoder_grad_norm"] = grad_norm(self._encoder_parameters)
 
         with torch.set_grad_enabled(auxiliary_due):  # after the critic's step; the actor's gradient stays out of it
-            features = self.encoder.convs(batch.obs) if actor_due or auxiliary_due else None
+            features = self.encoder.convs(first.obs) if actor_due or auxiliary_due else None
         if actor_due:
             metrics.update(self._update_actor(features.detach()))
         if targets_due:
@@ -212,14 +227,14 @@ class SAC(nn.Module):
 
         if auxiliary_due:
             z = self.encoder.head(features)
-            loss, auxiliary_metrics = self.auxiliary.loss(batch, z, self.encoder, target_encoder, detailed=detailed)
+            loss, auxiliary_metrics = self.auxiliary.loss(first, z, self.encoder, target_encoder, detailed=detailed)
             metrics.update(auxiliary_metrics)
-            metrics["auxiliary_grad_norm"] = self._step(loss, self.auxiliary_optimizer)
+            metrics["auxiliary_grad_norm"] = self._auxiliary_step(loss, index)
             norm = metrics["auxiliary_encoder_grad_norm"] = grad_norm(self._encoder_parameters)
             metrics["encoder_grad_ratio"] = norm / critic_norm
         return metrics
 
-    def _joint(self, batch, index, detailed):
+    def _joint(self, batch, first, index, detailed):
         """A departure (docs/algorithm.md): all losses from the weights before the update, one step of the encoder.
 
         One forward of o_t serves critic, auxiliary and actor. Each loss's gradient goes down to its latent, and both
@@ -234,12 +249,13 @@ class SAC(nn.Module):
         loss, metrics = self._critic_loss(leaves[0], batch.action, target_q)
         metrics["critic_grad_norm"] = self._step(loss, self.critic_optimizer, leaves[0])
 
+        features = features[: len(first.obs)]
         if auxiliary_due:
-            latents.append(self.encoder.head(features) if self.config.detach_encoder else latents[0])
+            latents.append(self.encoder.head(features) if self.config.detach_encoder else latents[0][: len(features)])
             leaves.append(latents[1].detach().requires_grad_())
-            loss, auxiliary_metrics = self.auxiliary.loss(batch, leaves[1], encoder, target_encoder, detailed=detailed)
+            loss, auxiliary_metrics = self.auxiliary.loss(first, leaves[1], encoder, target_encoder, detailed=detailed)
             metrics.update(auxiliary_metrics)
-            metrics["auxiliary_grad_norm"] = self._step(loss, self.auxiliary_optimizer, leaves[1])
+            metrics["auxiliary_grad_norm"] = self._auxiliary_step(loss, index, leaves[1])
             metrics["latent_grad_ratio"] = leaves[1].grad.norm() / leaves[0].grad.norm()
 
         self.encoder_optimizer.zero_grad()
@@ -270,14 +286,17 @@ class SAC(nn.Module):
 
     @torch.no_grad()
     def target_q(self, batch, encoder, target_encoder):
-        """y = r + gamma * not_done * (min Q_target(o', a') - alpha * log pi(a'|o')), (B, 1)."""
+        """y = r + gamma * not_done * mean_k(min Q_target(o'_k, a'_k) - alpha * log pi(a'_k|o'_k)), (B, 1)."""
         mu, log_std = self.actor(encoder.convs(batch.next_obs))
         next_action, log_pi = squashed_sample(mu, log_std, torch.randn_like(mu))
         q1, q2 = self.target_critic(target_encoder(batch.next_obs), next_action)
-        value = torch.min(q1, q2) - self.log_alpha.exp() * log_pi
+        value = (torch.min(q1, q2) - self.log_alpha.exp() * log_pi).view(-1, len(batch.reward), 1).mean(dim=0)
         return batch.reward + self.config.discount * batch.not_done * value
 
     def _critic_loss(self, z, action, target_q):
+        """The mean over the augmentations in z (M * B, d), of each against the same target."""
+        times = len(z) // len(action)
+        action, target_q = action.repeat(times, 1), target_q.repeat(times, 1)
         q1, q2 = self.critic(z, action)
         critic_loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
         return critic_loss, {"critic_loss": critic_loss, "q": q1.mean(), "target_q": target_q.mean()}
@@ -302,14 +321,32 @@ class SAC(nn.Module):
             "alpha_grad_norm": alpha_norm,
         }
 
-    @staticmethod
-    def _step(loss, optimizer, *leaves):
-        """One step of the optimizer's own parameters only; returns the norm of their gradient.
+    def _auxiliary_step(self, loss, index, *leaves):
+        """`_step` of the auxiliary task, with what `--cody_max_grad_norm` and `--cody_warmup_updates` make of it.
 
-        `leaves`: tensors that receive the loss's gradient as well.
+        The clip is of the norm over the gradients of all that the loss trains. The warm-up multiplies the rates, and
+        the gradients of the `leaves`, which go on to an optimizer that is not the task's own.
+        """
+        warmup = self.config.cody_warmup_updates
+        share = min(1.0, (index + 1) / warmup) if warmup else 1.0
+        for group, rate in zip(self.auxiliary_optimizer.param_groups, self._auxiliary_rates, strict=True):
+            group["lr"] = share * rate
+        norm = self._step(loss, self.auxiliary_optimizer, *leaves, max_norm=self.config.cody_max_grad_norm)
+        for leaf in leaves if share < 1 else ():
+            leaf.grad.mul_(share)
+        return norm
+
+    @staticmethod
+    def _step(loss, optimizer, *leaves, max_norm=None):
+        """One step of the optimizer's own parameters only; returns the norm of their gradient, before it is clipped.
+
+        `leaves`: tensors that receive the loss's gradient as well. `max_norm`: of both together.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad()
         loss.backward(inputs=[*parameters, *leaves])
+        norm = grad_norm(parameters)
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_([*parameters, *leaves], max_norm)
         optimizer.step()
-        return grad_norm(parameters)
+        return norm

@@ -56,6 +56,14 @@ def weight_init(module):
         nn.init.zeros_(module.bias)
 
 
+def orthogonal_convs(module):
+    """Convolutions orthogonal over the whole kernel, gain sqrt(2), as DrQ's; for `module.apply`."""
+    if isinstance(module, nn.Conv2d):
+        weight = torch.empty(module.weight.shape)  # contiguous, which orthogonal_ needs
+        with torch.no_grad():
+            module.weight.copy_(nn.init.orthogonal_(weight, gain=nn.init.calculate_gain("relu")))
+
+
 @torch.no_grad()
 def soft_update(net, target, tau):
     """EMA step: target <- (1 - tau) * target + tau * net."""

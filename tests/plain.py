@@ -98,20 +98,29 @@ class PlainAgent:
         self.cody_optimizer = torch.optim.Adam([*encoder, *cody], 1e-4)
 
     def update(self, batch, index):
-        """One update on (obs_prev, action_prev, obs, action, reward, next_obs, not_done); returns the losses."""
-        obs_prev, action_prev, obs, action, reward, next_obs, not_done = batch
+        """One update on (obs_prev, action_prev, obs, action, reward, next_obs, not_done); returns the losses.
+
+        obs and next_obs are lists of augmentations.
+        """
+        obs_prev, action_prev, all_obs, action, reward, all_next_obs, not_done = batch
         losses = {}
 
+        values = []
         with torch.no_grad():
-            next_action, log_pi = self.actor(next_obs)
-            q1, q2 = self.critic_target(next_obs, next_action)
-            target_q = reward + 0.99 * not_done * (torch.min(q1, q2) - self.log_alpha.exp() * log_pi)
-        q1, q2 = self.critic(obs, action)
-        losses["critic_loss"] = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
+            for next_obs in all_next_obs:
+                next_action, log_pi = self.actor(next_obs)
+                q1, q2 = self.critic_target(next_obs, next_action)
+                values.append(torch.min(q1, q2) - self.log_alpha.exp() * log_pi)
+            target_q = reward + 0.99 * not_done * sum(values) / len(values)
+        losses["critic_loss"] = 0
+        for obs in all_obs:
+            q1, q2 = self.critic(obs, action)
+            losses["critic_loss"] += (F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)) / len(all_obs)
         self.critic_optimizer.zero_grad()
         losses["critic_loss"].backward()
         self.critic_optimizer.step()
 
+        obs, next_obs = all_obs[0], all_next_obs[0]
         if index % 2 == 0:
             pi, log_pi = self.actor(obs)
             alpha = self.log_alpha.exp()

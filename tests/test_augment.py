@@ -28,6 +28,17 @@ def test_random_shift_is_a_crop_of_the_replicate_padded_image():
     assert len({found[0] for found in corners}) > 20  # each image its own shift
 
 
+def test_several_augmentations_of_each_image():
+    """All images once, then all again, each time with a shift of its own."""
+    x = images(n=16)
+    for shifted, source, size in (
+        (random_shift(x, times=3), F.pad(x.float(), (4, 4, 4, 4), mode="replicate").to(torch.uint8), 20),
+        (random_crop(x, 9, times=3), x, 9),
+    ):
+        corners = [[matches(s, p, size)[0] for s, p in zip(part, source, strict=True)] for part in shifted.split(16)]
+        assert len(corners) == 3 and corners[0] != corners[1] != corners[2] != corners[0]
+
+
 def test_random_shift_reaches_every_shift():
     x = torch.arange(9).view(1, 1, 9, 1) * 9 + torch.arange(9).view(1, 1, 1, 9)
     centre = random_shift(x.expand(5000, 1, 9, 9))[:, 0, 4, 4]

@@ -75,6 +75,15 @@ def test_tasks_outside_the_table_and_other_repeats():
         ("--actor_beta 1", "--actor_beta 1.0: must be in [0, 1)"),
         ("--discount 1.1", "--discount 1.1: must be in [0, 1]"),
         ("--seed -2", "--seed -2: must be -1 (drawn for you) or in [0, 2^32)"),
+        ("--num_strided_layers 5", "--num_strided_layers 5: must be from 0 to --num_layers 4"),
+        ("--target_augmentations 0", "--target_augmentations 0: must be at least 1"),
+        ("--cody_max_grad_norm 0", "--cody_max_grad_norm 0.0: must be positive"),
+        ("--cody_warmup_updates -1", "--cody_warmup_updates -1: must not be negative"),
+        (
+            "--agent sac_ae --num_strided_layers 2",
+            "--num_strided_layers 2: has no effect without --agent cody_sac or sac",
+        ),
+        ("--agent sac --cody_warmup_updates 5", "--cody_warmup_updates 5: has no effect without --agent cody_sac"),
         ("--num_layers 22", "--image_size 84: must be at least 87 pixels for --num_layers 22"),
         ("--image_size 10", "--image_size 10: must be at least 15 pixels for --num_layers 4"),
         ("--pre_transform_image_size 80", "--pre_transform_image_size 80: must be at least --image_size 84"),
@@ -118,9 +127,13 @@ def test_smallest_images_that_pass_give_one_output_pixel():
     from encoder import ConvNet
 
     for layers in range(1, 7):
-        size = 4 * layers - 1
-        parse(f"--image_size {size} --num_layers {layers}".split())
-        assert ConvNet((9, size, size), layers, 2).feature_dim == 2
+        for strided in range(layers + 1):
+            size = 2**strided * 2 * (layers - strided + 1) - 1
+            flags = f"--num_layers {layers} --num_strided_layers {strided} --image_size"
+            parse(f"{flags} {size}".split())
+            with pytest.raises(ConfigError):
+                parse(f"{flags} {size - 1}".split())
+            assert ConvNet((9, size, size), layers, 2, strided).feature_dim == 2
 
 
 def test_help_explains_every_flag():

@@ -1,5 +1,6 @@
 """The plainest way of writing the update, with none of the project's code, gives the same losses."""
 
+import pytest
 import torch
 from plain import PlainAgent
 
@@ -38,12 +39,19 @@ def copy_into(plain, agent):
     plain.W.data.copy_(agent.auxiliary.W.data)
 
 
-def test_updates_agree(small_agent, random_batch):
-    """Losses of the first three updates; later ones differ by rounding that Adam's first steps amplify."""
-    agent, batch = small_agent("--num_layers 4"), random_batch(16)
+@pytest.mark.parametrize("target, critic", [(1, 1), (2, 3)])
+def test_updates_agree(small_agent, random_batch, target, critic):
+    """Losses of the first three updates; later ones differ by rounding that Adam's first steps amplify.
+
+    The plain loop over augmentations draws the same noise piece by piece, which holds for multiples of 16 numbers.
+    """
+    agent = small_agent(f"--num_layers 4 --target_augmentations {target} --critic_augmentations {critic}")
+    batch = agent.augment(random_batch(16))
+    assert len(batch.next_obs) == 16 * target and len(batch.obs) == 16 * critic
     plain = PlainAgent(9, 20, 2, 4, "cpu", filters=4, latent_dim=8, hidden=32)
     copy_into(plain, agent)
     floats = [value.float() for value in batch[:7]]
+    floats[2], floats[5] = floats[2].split(16), floats[5].split(16)
     for index in range(3):
         torch.manual_seed(index)
         ours = agent.update(batch, index)

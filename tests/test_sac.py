@@ -177,6 +177,18 @@ def test_weight_init():
     assert not conv.weight.any() and not conv.bias.any() and not linear.bias.any()
 
 
+def test_orthogonal_convolutions(small_agent):
+    """Over the whole kernel, as DrQ's; nothing else is drawn differently, and targets start equal."""
+    agent, usual = small_agent("--conv_init orthogonal"), small_agent()
+    for name, ours in agent.state_dict().items():
+        if name.endswith("weight") and "convs" in name:
+            flat = ours.flatten(1)
+            torch.testing.assert_close(flat @ flat.T, 2 * torch.eye(4), rtol=0, atol=1e-5)
+            assert ours[:, :, 0, 0].any() and torch.equal(ours, agent.state_dict()[name.replace("target_", "")])
+        else:
+            assert torch.equal(ours, usual.state_dict()[name])
+
+
 def test_acting(small_agent):
     agent = small_agent("--pre_transform_image_size 24")
     obs = torch.randint(0, 256, (9, 24, 24), dtype=torch.uint8)

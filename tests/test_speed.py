@@ -29,21 +29,34 @@ def adam(parameters, lr):
     return torch.optim.Adam(parameters, lr)
 
 
-@pytest.mark.parametrize("detach", ["", "--detach_encoder"])
-def test_joint_update_agrees_with_its_twin(small_agent, random_batch, detach):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--detach_encoder",
+        "--target_augmentations 2 --critic_augmentations 3",
+        "--target_augmentations 2 --critic_augmentations 3 --detach_encoder",
+    ],
+)
+def test_joint_update_agrees_with_its_twin(small_agent, random_batch, flags):
     """Both losses from the weights before the update, one backward of their sum into the encoder, then the rest."""
-    agent, batch = small_agent(f"--update_mode joint --encoder_lr 0.002 {detach}"), random_batch()
+    agent, detach = small_agent(f"--update_mode joint --encoder_lr 0.002 {flags}"), "--detach" in flags
+    batch = agent.augment(random_batch())
+    first = batch._replace(obs=batch.obs[:16], next_obs=batch.next_obs[:16])
     twin = copy.deepcopy(agent)
     torch.manual_seed(9)
     metrics = agent.update(batch, index=0)
 
     torch.manual_seed(9)
     y = twin.target_q(batch, twin.encoder, twin.target_encoder)
-    features = twin.encoder.convs(batch.obs)
-    z_critic = twin.encoder.head(features.detach() if detach else features)
-    q1, q2 = twin.critic(z_critic, batch.action)
-    critic_loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean()
-    cody_loss, _ = twin.auxiliary.loss(batch, twin.encoder.head(features), twin.encoder, twin.target_encoder)
+    critic_losses = []
+    for obs in batch.obs.split(16):
+        features = twin.encoder.convs(obs)
+        q1, q2 = twin.critic(twin.encoder.head(features.detach() if detach else features), batch.action)
+        critic_losses.append(((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean())
+    critic_loss = sum(critic_losses) / len(critic_losses)
+    features = twin.encoder.convs(first.obs)
+    cody_loss, _ = twin.auxiliary.loss(first, twin.encoder.head(features), twin.encoder, twin.target_encoder)
     (critic_loss + cody_loss).backward()
     adam(twin.critic.parameters(), 1e-3).step()
     adam([p for p in twin.auxiliary.parameters() if p.requires_grad], 1e-4).step()
@@ -79,11 +92,52 @@ def test_joint_update_of_every_agent(small_agent, random_batch, agent):
         assert not any(torch.equal(p, b) for p, b in zip(agent.encoder.parameters(), before, strict=True))
 
 
+def test_calm_steps_of_cody(small_agent, random_batch):
+    """The clip is seen in Adam's first moment, the warm-up in the size of Adam's first step, which is its rate."""
+    batch = random_batch()
+    flags = "--cody_max_grad_norm 1e-3 --cody_warmup_updates 10"
+    plain, calm = small_agent(), small_agent(flags)
+    before = copy.deepcopy(calm.state_dict())
+    norms = []
+    for agent in (plain, calm):
+        torch.manual_seed(0)
+        norms.append(agent.update(batch, index=1)["auxiliary_grad_norm"])
+    assert norms[0] == norms[1] > 1e-2  # logged before the clip
+    state = calm.auxiliary_optimizer.state
+    gradients = torch.cat([moments["exp_avg"].flatten() for moments in state.values()]) / 0.1
+    torch.testing.assert_close(gradients.norm(), torch.tensor(1e-3), rtol=1e-3, atol=0)
+    step = (calm.auxiliary.W - before["auxiliary.W"]).abs().max()
+    torch.testing.assert_close(step, torch.tensor(0.2 * 1e-4), rtol=0.1, atol=0)  # the second of ten
+    calm.update(batch, index=9)
+    assert [group["lr"] for group in calm.auxiliary_optimizer.param_groups] == [1e-4, 1e-3 + 1e-4]
+
+
+def test_calm_steps_of_cody_in_joint_mode(small_agent, random_batch):
+    """The clip counts CoDy's gradient at the latent as well; the warm-up is the weight of that gradient."""
+    batch = random_batch()
+    moments = []
+    for flags in ("", "--agent sac", "--cody_warmup_updates 10", "--cody_max_grad_norm 1e-3"):
+        agent = small_agent()
+        calm = small_agent(f"--update_mode joint {flags}")
+        names = calm.state_dict().keys()
+        calm.load_state_dict({name: value for name, value in agent.state_dict().items() if name in names})
+        torch.manual_seed(0)
+        calm.update(batch, index=1)
+        state = calm.encoder_optimizer.state
+        moments.append(torch.cat([state[p]["exp_avg"].flatten() for p in calm.encoder.parameters()]) / 0.1)
+        if "clip" in flags or "grad" in flags:
+            own = torch.cat([m["exp_avg"].flatten() for m in calm.auxiliary_optimizer.state.values()]) / 0.1
+            assert own.norm() < 1e-3
+    both, critic, warm, clipped = moments
+    torch.testing.assert_close(warm - critic, 0.2 * (both - critic), rtol=1e-2, atol=1e-6)
+    assert 0 < (clipped - critic).norm() < 0.1 * (both - critic).norm()
+
+
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_bf16_is_near_fp32_and_parameters_stay_fp32(offset):
     torch.manual_seed(0)
-    fp32 = ConvNet((9, 40, 40), 4, 16, offset)
-    bf16 = ConvNet((9, 40, 40), 4, 16, offset, torch.bfloat16)
+    fp32 = ConvNet((9, 40, 40), 4, 16, offset=offset)
+    bf16 = ConvNet((9, 40, 40), 4, 16, offset=offset, dtype=torch.bfloat16)
     bf16.load_state_dict(fp32.state_dict())
     obs = torch.randint(0, 256, (8, 9, 40, 40), dtype=torch.uint8)
     a, b = fp32(obs), bf16(obs)
@@ -93,40 +147,47 @@ def test_bf16_is_near_fp32_and_parameters_stay_fp32(offset):
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in bf16.parameters())
 
 
-def test_convolutions_agree_with_plain_ones_on_scaled_pixels():
+@pytest.mark.parametrize("num_strided, strides", [(0, (1, 1, 1)), (1, (2, 1, 1)), (2, (2, 2, 1))])
+def test_convolutions_agree_with_plain_ones_on_scaled_pixels(num_strided, strides):
     torch.manual_seed(0)
-    net = ConvNet((9, 40, 40), 3, 8, offset=0.5)
+    net = ConvNet((9, 40, 40), 3, 8, num_strided, offset=0.5)
     obs = torch.randint(0, 256, (4, 9, 40, 40), dtype=torch.uint8)
     h = obs / 255 - 0.5
-    for layer, stride in zip(net.layers, (2, 1, 1), strict=True):
+    for layer, stride in zip(net.layers, strides, strict=True):
         h = torch.relu(F.conv2d(h, layer.weight.contiguous(), layer.bias, stride))
     torch.testing.assert_close(net(obs), h.permute(0, 2, 3, 1).flatten(1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("index, passes", [(1, 5), (2, 6)])
-def test_conv_passes_of_one_sequential_update(small_agent, random_batch, index, passes):
+@pytest.mark.parametrize("target, critic", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("index", [1, 2])
+def test_conv_passes_of_one_update(small_agent, random_batch, index, target, critic):
     """o_t before and after the critic's step, o_{t+1} online, targets of o_{t+1} and o_{t-1}; the targets' features of
-    o_{t+1} a second time only where an EMA step lies between."""
-    agent, seen = small_agent(), []
-    for encoder in (agent.encoder, agent.target_encoder):
-        encoder.convs.register_forward_hook(lambda module, args, out: seen.append(1))
-    agent.update(random_batch(), index)
-    assert len(seen) == passes
-    joint = small_agent("--update_mode joint")
-    seen.clear()
-    for encoder in (joint.encoder, joint.target_encoder):
-        encoder.convs.register_forward_hook(lambda module, args, out: seen.append(1))
-    joint.update(random_batch(), index)
-    assert len(seen) == 4
+    o_{t+1} a second time only where an EMA step lies between. Only critic and target look at further augmentations."""
+    expected = {
+        "sequential": [critic, 1, target, target, 1] + [1] * (index == 2),
+        "joint": [critic, target, target, 1],
+    }
+    for mode, passes in expected.items():
+        flags = f"--target_augmentations {target} --critic_augmentations {critic} --update_mode {mode}"
+        agent, seen = small_agent(flags), []
+        for encoder in (agent.encoder, agent.target_encoder):
+            encoder.convs.register_forward_hook(lambda module, args, out, seen=seen: seen.append(len(args[0]) / 16))
+        agent.update(agent.augment(random_batch()), index)
+        assert sorted(seen) == sorted(passes)
 
 
 def test_cached_encoder(small_agent, random_batch):
     encoder, batch = small_agent().encoder, random_batch()
     cached = CachedEncoder(encoder)
     first = cached.convs(batch.obs)
-    assert cached.convs(batch.obs) is first and not first.requires_grad
-    assert torch.equal(cached(batch.obs), encoder(batch.obs))
-    assert cached(batch.obs) is cached(batch.obs)
+    assert not first.requires_grad
+    seen = []
+    encoder.convs.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    for part in (batch.obs, batch.obs[:5]):
+        assert cached.convs(part).data_ptr() == first.data_ptr() and cached(part).shape == (len(part), 8)
+        assert torch.equal(cached(part), cached(batch.obs)[: len(part)])
+    assert seen == []
+    assert torch.equal(cached(batch.obs[5:]), encoder(batch.obs[5:])) and seen == [11, 11]
     assert torch.equal(cached(batch.next_obs), encoder(batch.next_obs))
 
 
