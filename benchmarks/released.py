@@ -2,7 +2,7 @@
 
     git clone https://github.com/BangYou01/DY2P && git -C DY2P checkout 0ce9f0f
     python benchmarks/released.py DY2P
-    python benchmarks/released.py DY2P --batch_sizes 256 --updates 20 --modes sequential
+    python benchmarks/released.py DY2P --batch_sizes 256 --updates 20 --rows "--update_mode sequential"
 
 The released code is read from that checkout and is no part of this project. It runs as it is, but for what is missing
 today, which is replaced here: `gym` (only its names are used), kornia's RandomCrop (its own random corner for each
@@ -42,10 +42,8 @@ class Args:
     """Checkout of the released code."""
     batch_sizes: str = "128 256"
     """Batch sizes, space between."""
-    modes: str = "sequential joint"
-    """Our values of --update_mode."""
-    precisions: str = "fp32"
-    """Our values of --precision."""
+    rows: str = "--update_mode sequential, --update_mode joint"
+    """Our rows: flags of train.py, comma between."""
     updates: int = 10
     """Updates timed in each row."""
 
@@ -126,19 +124,20 @@ def main():
         args = parse_flags(Args)
         check(args.dir)
         ours = {name: value for name, value in vars(args).items() if name != "dir"}
-        configs = throughput.configs_of(throughput.Args(**ours, device="cpu"))
+        rows = throughput.rows_of(throughput.Args(**ours, flags="--device cpu"))
     except ConfigError as error:
         exit_with(error)
     limit_threads()
     print(f"cpu, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {git_commit()}")
     print(f"released code at {COMMIT}, replaced in it: gym, kornia.augmentation.RandomCrop, np.int\n")
     print(f"{'':34} {'batch':>5} {'ms':>8} {'x released':>11} {'x raised':>9}", flush=True)
-    for batch_size, (config, *others) in itertools.groupby(configs, lambda config: config.batch_size):
-        rows = [("released, allocator's defaults", config, args.dir, False)]
-        rows += [("released, threshold raised", config, args.dir, True)]
-        rows += [(f"{ours.update_mode} {ours.precision}", ours, None, True) for ours in (config, *others)]
+    for batch_size, ours in itertools.groupby(rows, lambda row: row[1].batch_size):
+        ours = [(name, config, None, True) for name, config in ours]
+        config = ours[0][1]
+        released = [("released, allocator's defaults", config, args.dir, False)]
+        released += [("released, threshold raised", config, args.dir, True)]
         theirs = []
-        for name, config, *rest in rows:
+        for name, config, *rest in released + ours:
             ms = in_own_process(measure, config, args.updates, *rest)
             theirs += [ms] if rest[0] else []
             ratios = "".join(f"{other / ms:{width}.2f}" for other, width in zip(theirs, (12, 10), strict=False))

@@ -1,11 +1,11 @@
 """Speed and memory of the update and of whole decisions, each mode beside the faithful one.
 
-    python benchmarks/throughput.py                                     CoDy at batch 128 and 256, all modes
-    python benchmarks/throughput.py --agents "cody_sac sac sac_ae" --batch_sizes "64 512"
+    python benchmarks/throughput.py                                           CoDy at batch 128 and 256, all modes
+    python benchmarks/throughput.py --rows "--agent cody_sac, --agent sac" --batch_sizes 512 --flags "--frame_stack 4"
 
 Every row is measured in a process of its own, so that no row inherits another's memory. Times are medians over pairs
 of updates (every second one steps actor and targets), sampling and augmentation included, on random frames. `ratio` is
-the time of the first row with this batch size over the row's. FLOPs are counted by torch's FlopCounterMode; `of peak`
+the row's time over that of the first row with this batch size. FLOPs are counted by torch's FlopCounterMode; `of peak`
 is the time that they would take at the highest rate of their dtype that this run has seen, in products, convolutions
 or updates, over the time that they took. `decisions/s` are whole decisions on real pixels, the environment in its
 worker: act, environment step, store, sample, augment, update. `GB` is the process's own peak.
@@ -21,7 +21,6 @@ import resource
 import statistics
 import sys
 import time
-from typing import Literal
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -48,24 +47,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Args:
     """Table of speed and memory."""
 
-    agents: str = "cody_sac"
-    """Values of --agent, space between."""
+    rows: str = "--update_mode sequential, --update_mode joint, --precision bf16, --update_mode joint --precision bf16"
+    """Flags of train.py, row by row, comma between; the first row is what the others are compared with."""
     batch_sizes: str = "128 256"
-    """Values of --batch_size."""
-    precisions: str = "fp32 bf16"
-    """Values of --precision."""
-    modes: str = "sequential joint"
-    """Values of --update_mode."""
-    compile: bool = False
-    """Also each row with --compile."""
+    """Values of --batch_size, space between."""
+    flags: str = ""
+    """Flags of train.py for every row."""
     updates: int = 10
     """Updates timed in each row."""
     decisions: int = 10
     """Whole decisions timed in each row."""
-    task: str = "cartpole-swingup"
-    """<domain>-<task> of the whole decisions."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where."""
 
 
 def now(device):
@@ -176,20 +167,17 @@ def in_own_process(function, *args):
         return pool.submit(function, *args).result()
 
 
-def configs_of(args):
-    """The rows, batch size by batch size, as a list; `ConfigError` if there is none or one cannot be timed."""
+def rows_of(args):
+    """[(the row's flags, its config)], batch size by batch size; `ConfigError` if one cannot be timed."""
     if min(args.updates, args.decisions) < 2:
         raise ConfigError(f"--updates {args.updates} --decisions {args.decisions}: must be at least 2")
-    domain, _, task = args.task.partition("-")
-    common = f"--device {args.device} --domain_name {domain} --task_name {task} --replay_buffer_capacity {REPLAY}"
-    values = (text.split() for text in (args.batch_sizes, args.agents, args.precisions, args.modes))
-    configs = []
-    for batch_size, agent, precision, mode in itertools.product(*values):
-        row = f"{common} --batch_size {batch_size} --agent {agent} --precision {precision} --update_mode {mode}"
-        configs += [parse(f"{row}{more}".split()) for more in ("", " --compile")[: 1 + args.compile]]
-    if not configs:
-        raise ConfigError("nothing to measure: each of the flags that lists values needs one at least")
-    return configs
+    rows = []
+    for batch_size, row in itertools.product(args.batch_sizes.split(), args.rows.split(",")):
+        flags = f"--replay_buffer_capacity {REPLAY} --batch_size {batch_size} {args.flags} {row}"
+        rows.append((" ".join(row.split()), parse(flags.split())))
+    if not rows:
+        raise ConfigError("--batch_sizes: names none")
+    return rows
 
 
 def highest_rates(rows):
@@ -202,35 +190,35 @@ def highest_rates(rows):
     return best
 
 
-def print_table(configs, rows):
+def print_table(rows, results):
     """One line a row."""
-    best, first = highest_rates(rows), {}
+    best, first = highest_rates(results), {}
+    width = max(len(name) for name, _ in rows) + 2
     titles = ("batch", "ms", "ratio", "sampling", "decisions/s", "GFLOP", "of peak", "GB", "KB/transition")
-    print("\n" + " " * 36 + "".join(f"{title:>14}" for title in titles))
-    for config, row in zip(configs, rows, strict=True):
-        name = f"{config.agent} {config.update_mode} {config.precision}" + " compiled" * config.compile
+    print("\n" + " " * width + "".join(f"{title:>14}" for title in titles))
+    for (name, config), row in zip(rows, results, strict=True):
         baseline = first.setdefault(config.batch_size, row)
         ideal = sum(row["flops"][dtype] / best[dtype] for dtype in DTYPES)
         cells = (
-            f"{config.batch_size}", f"{1e3 * row['seconds']:.1f}", f"{baseline['seconds'] / row['seconds']:.2f}",
+            f"{config.batch_size}", f"{1e3 * row['seconds']:.1f}", f"{row['seconds'] / baseline['seconds']:.2f}",
             f"{row['sampling']:.1%}", f"{row['decisions_per_s']:.2f}", f"{sum(row['flops'].values()) / 1e9:.1f}",
             f"{ideal / row['seconds']:.0%}", f"{row['memory'] / 1e9:.2f}", f"{row['bytes_per_transition'] / 1e3:.1f}",
         )  # fmt: skip
-        print(f"{name:36}" + "".join(f"{cell:>14}" for cell in cells))
-    print(
-        "\nhighest rates, GFLOP/s: " + ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in best.items() if rate > 1)
-    )
+        print(f"{name:{width}}" + "".join(f"{cell:>14}" for cell in cells))
+    seen = (f"{name} {rate / 1e9:.0f}" for name, rate in best.items() if rate > 1)
+    print("\nhighest rates, GFLOP/s: " + ", ".join(seen))
 
 
 def main():
     try:
         args = parse_flags(Args)
-        device, configs = choose_device(args.device), configs_of(args)
+        rows = rows_of(args)
+        device = choose_device(rows[0][1].device)
         limit_threads()
         print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {git_commit()}")
         if device.type == "cpu":
             print(f"a convolution takes {bf16_time_ratio():.2f} times as long in bf16 as in fp32", flush=True)
-        print_table(configs, [in_own_process(measure, config, args.updates, args.decisions) for config in configs])
+        print_table(rows, [in_own_process(measure, config, args.updates, args.decisions) for _, config in rows])
     except (ConfigError, EnvError) as error:
         exit_with(error)
 

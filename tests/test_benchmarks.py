@@ -9,11 +9,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 
 
 def test_throughput(call):
-    result = call("throughput.py", "--batch_sizes 2 --precisions fp32 --modes joint --updates 2 --decisions 2")
+    result = call("throughput.py", "--batch_sizes 2 --updates 2 --decisions 2 --rows=--update_mode=joint")
     assert result.returncode == 0, result.stderr
     assert "times as long in bf16 as in fp32" in result.stdout
-    (row,) = [line.split() for line in result.stdout.splitlines() if line.startswith("cody_sac joint fp32")]
-    batch, ms, ratio, sampling, decisions_per_s, gflop, of_peak, memory, kilobytes = row[3:]
+    (row,) = [line.split() for line in result.stdout.splitlines() if line.startswith("--update_mode=joint")]
+    batch, ms, ratio, sampling, decisions_per_s, gflop, of_peak, memory, kilobytes = row[1:]
     assert (batch, ratio) == ("2", "1.00") and 0 < float(sampling[:-1]) < 100 and 0 < float(of_peak[:-1]) <= 100
     assert float(kilobytes) < 21.6 and float(decisions_per_s) > 0 and float(ms) > 0 and float(memory) > 0
     # by hand: convolutions and heads of 4 passes forward and one backward, for a batch of 2
@@ -42,8 +42,8 @@ def test_no_row_is_above_its_peak():
         ("--updates 1", "--updates 1 --decisions 10: must be at least 2"),
         ("--batch_sizes many", "Error parsing --batch_size: invalid literal for int() with base 10: 'many'"),
         ("--batch_sizes 3000", "--batch_size 3000: must not exceed what the replay can hold"),
-        ("--modes fast", "invalid choice 'fast' for argument '--update_mode'"),
-        ("--modes=", "nothing to measure"),
+        ("--rows=--update_mode=fast", "invalid choice 'fast' for argument '--update_mode'"),
+        ("--batch_sizes=", "--batch_sizes: names none"),
     ],
 )
 def test_what_cannot_be_timed(call, flags, line):
