@@ -7,15 +7,23 @@ import pathlib
 
 import torch
 
-from config import Config, ConfigError, check
+from config import Config, ConfigError, parse
 
 
 def save_model(agent, folder, step):
-    """Write all networks of `agent` to <folder>/<step>.pt; the file appears complete or not at all."""
+    """Write all networks of `agent` to <folder>/<step>.pt; the file appears complete or not at all.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
     path = pathlib.Path(folder) / f"{step}.pt"
     temporary = path.with_suffix(".tmp")
-    torch.save(agent.state_dict(), temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(agent.state_dict(), temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's own of a full disk is a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: not written ({str(error).splitlines()[0][:80]})") from None
 
 
 def load_model(agent, folder, step=None):
@@ -40,17 +48,20 @@ def load_model(agent, folder, step=None):
 
 
 def load_config(run):
-    """The config of the run in folder `run`, from its args.json; flags that are newer than the run have their defaults.
+    """The config of the run in folder `run`: its args.json read as flags; those newer than it have their defaults.
 
     Raises:
         ConfigError: the folder holds no run.
     """
     try:
-        args = json.loads((pathlib.Path(run) / "args.json").read_text())
+        args = {"camera_id": 0, **json.loads((pathlib.Path(run) / "args.json").read_text())}  # older runs have 0
         names = {field.name for field in dataclasses.fields(Config)}
-        config = Config(**{name: value for name, value in args.items() if name in names})
-        check(config)
-    except (OSError, AttributeError, TypeError, ValueError) as error:  # ConfigError is a ValueError
+        flags = [_as_flag(name, value) for name, value in args.items() if name in names]
+        return parse(flags)
+    except (OSError, TypeError, ValueError) as error:  # ConfigError is a ValueError
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{run}: not the folder of a run (args.json: {reason[:100]})") from None
-    return config
+
+
+def _as_flag(name, value):
+    return f"--{name}={value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no_{name}"

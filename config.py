@@ -10,6 +10,7 @@ import difflib
 import io
 import math
 import os
+import re
 import sys
 from typing import Literal
 
@@ -219,7 +220,7 @@ class Config:
 
 
 def complete(config: Config) -> Config:
-    """Fill in every value left at None, and draw the seed if it is -1."""
+    """Fill in what other flags decide where it is None, and draw the seed if it is -1."""
     repeat, steps, eval_freq = TASK_TABLE.get((config.domain_name, config.task_name), (1, None, None))
     if config.action_repeat not in (None, repeat):  # same budget in environment steps, other decisions
         repeat, steps, eval_freq = config.action_repeat, None, None
@@ -280,7 +281,8 @@ def _ranges(c: Config):
     yield from ((0 <= getattr(c, flag) < 1, flag, "must be in [0, 1)") for flag in BETAS)
     yield 0 <= c.discount <= 1, "discount", "must be in [0, 1]"
     yield from ((getattr(c, flag) >= 0, flag, "must not be negative") for flag in WEIGHTS)
-    yield c.cody_max_grad_norm is None or c.cody_max_grad_norm > 0, "cody_max_grad_norm", "must be positive"
+    clip = c.cody_max_grad_norm
+    yield clip is None or clip >= FLOAT32_MIN, "cody_max_grad_norm", "must be positive in float32"
     yield c.cody_warmup_updates >= 0, "cody_warmup_updates", "must not be negative"
     yield c.divergence_factor > 1, "divergence_factor", "must be above 1"
     yield 0 <= c.seed < 2**32, "seed", "must be -1 (drawn for you) or in [0, 2^32)"
@@ -305,6 +307,8 @@ def _relations(c: Config):
     yield c.image_size >= smallest, "image_size", right
     right = f"must be at least --image_size {_short(c.image_size)}"
     yield c.pre_transform_image_size >= c.image_size, "pre_transform_image_size", right
+    right = "is more than float32 holds, with --encoder_lr added"
+    yield c.cody_lr + c.encoder_lr <= FLOAT32_MAX, "cody_lr", right
     steps, capacity = _short(c.num_train_steps), _short(c.replay_buffer_capacity)
     right = f"must be below --num_train_steps {steps}, or nothing is trained"
     yield c.init_steps < c.num_train_steps, "init_steps", right
@@ -326,6 +330,7 @@ def _combinations(c: Config):
     needs = [
         (CODY, "--agent cody_sac", c.agent == "cody_sac"),
         (PIXELS, "--encoder_type pixel or protorl", pixels),
+        (["camera_id"], "--encoder_type pixel or protorl, or --save_video", pixels or c.save_video),
         (["encoder_lr"], "--agent cody_sac, --agent sac_ae or --update_mode joint", steps_encoder),
         (VARIANTS, "--cody_objective dynamics_kl", c.cody_objective == "dynamics_kl"),
         (["beta_cody_loss"], "--cody_objective published", c.cody_objective == "published"),
@@ -366,7 +371,7 @@ def parse_flags(flags, args=None):
         if not exit_.code:
             raise
         line = _one_line(errors.getvalue())
-        if line.startswith("Unrecognized options"):
+        if "Unrecognized options" in line:
             line = _unrecognized(flags, args) or line
         raise ConfigError(line if len(line) <= LINE else line[: LINE - 3] + "...") from None
 
@@ -377,7 +382,7 @@ def _unrecognized(flags, args) -> str | None:
     real |= {f"--no_{field.name}" for field in dataclasses.fields(flags) if field.type is bool}
     for arg in args:
         flag = arg.split("=")[0].replace("-", "_").replace("__", "--", 1)
-        if arg.startswith("--") and flag not in real:
+        if re.match(r"--?[a-zA-Z]", arg) and flag not in real:
             nearest = difflib.get_close_matches(flag, real, n=1, cutoff=0)[0]
             return f"unrecognized flag {_short(arg.split('=')[0])}; the nearest is {nearest}"
     return None
@@ -403,7 +408,6 @@ def _one_line(box: str) -> str:
 
 def exit_with(error: Exception) -> None:
     """End the program as bad input does: one line on stderr, exit code 2."""
-    line = " ".join(str(error).split())
-    line = line if len(line) <= LINE else line[: LINE - 3] + "..."
-    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
+    line = f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}"
+    print(line if len(line) <= LINE else line[: LINE - 3] + "...", file=sys.stderr)
     sys.exit(2)

@@ -69,7 +69,7 @@ def _why_nothing_draws(asked, candidates):
         there = _probe(count, "egl", without="MUJOCO_EGL_DEVICE_ID")  # it would stop the import
         if there:
             devices = ", ".join(map(str, range(int(there))))
-            return f"MUJOCO_EGL_DEVICE_ID={device}: cannot render on that device; there are {devices}"
+            return f"MUJOCO_EGL_DEVICE_ID={device}: cannot render on that device; the devices here: {devices}"
     setting = f"MUJOCO_GL={asked}" if asked else f"MUJOCO_GL is not set, tried {', '.join(candidates)}"
     return f"{setting}: cannot render; install the Debian packages {packages}"
 
@@ -132,7 +132,7 @@ class DMCEnv(gymnasium.Env):
         channels_first: images are (3, height, width), else (height, width, 3).
 
     Raises:
-        EnvError: unknown task, no usable rendering backend, an image too large to render.
+        EnvError: unknown task or camera, no usable rendering backend, an image too large to render.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from torch import nn
 
 
 class ConvNet(nn.Module):
-    """Pixels to flat conv features: 3x3 convolutions, the first with stride 2, the rest with 1, a ReLU after each.
+    """Pixels to flat conv features: 3x3 convolutions, the first few with stride 2, a ReLU after each.
 
     Weights and features are channels-last, the layout in which CPUs and GPUs convolve fastest.
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import torch
 from termcolor import colored
 from torch.utils.tensorboard import SummaryWriter
@@ -27,6 +28,7 @@ TRAIN_COLUMNS = {
     "kl": "KL",
     "duration": "D",
     "decisions_per_s": "D/S",
+    "updates_per_s": "U/S",
     "wall_seconds": "T",
 }
 MEDIAN_WINDOW = 20  # readings in the running median of the divergence warning; it needs half of them
@@ -49,7 +51,7 @@ class Logger:
         self._means = []  # metrics of the intervals read since the last train row, and their numbers of updates
         self._last = "none"  # the last metrics read, for the message of a run that stops
         self._step = 0
-        self._start = self._row_time = time.time()
+        self._start, self._row_time = psutil.Process().create_time(), time.time()
         self._row_step, self._row_updates = 0, 0  # decisions before the last train row, updates since
         self._physics_errors = 0
         self._divergence_factor = config.divergence_factor

@@ -229,9 +229,10 @@ class SAC(nn.Module):
             z = self.encoder.head(features)
             loss, auxiliary_metrics = self.auxiliary.loss(first, z, self.encoder, target_encoder, detailed=detailed)
             metrics.update(auxiliary_metrics)
-            metrics["auxiliary_grad_norm"] = self._auxiliary_step(loss, index)
+            metrics["auxiliary_grad_norm"] = self._backward(loss, self.auxiliary_optimizer)
             norm = metrics["auxiliary_encoder_grad_norm"] = grad_norm(self._encoder_parameters)
             metrics["encoder_grad_ratio"] = norm / critic_norm
+            self._auxiliary_step(index)
         return metrics
 
     def _joint(self, batch, first, index, detailed):
@@ -255,8 +256,9 @@ class SAC(nn.Module):
             leaves.append(latents[1].detach().requires_grad_())
             loss, auxiliary_metrics = self.auxiliary.loss(first, leaves[1], encoder, target_encoder, detailed=detailed)
             metrics.update(auxiliary_metrics)
-            metrics["auxiliary_grad_norm"] = self._auxiliary_step(loss, index, leaves[1])
+            metrics["auxiliary_grad_norm"] = self._backward(loss, self.auxiliary_optimizer, leaves[1])
             metrics["latent_grad_ratio"] = leaves[1].grad.norm() / leaves[0].grad.norm()
+            self._auxiliary_step(index, leaves[1])
 
         self.encoder_optimizer.zero_grad()
         torch.autograd.backward(latents, [leaf.grad for leaf in leaves], inputs=self._encoder_parameters)
@@ -321,32 +323,37 @@ class SAC(nn.Module):
             "alpha_grad_norm": alpha_norm,
         }
 
-    def _auxiliary_step(self, loss, index, *leaves):
-        """`_step` of the auxiliary task, with what `--cody_max_grad_norm` and `--cody_warmup_updates` make of it.
+    def _auxiliary_step(self, index, *leaves):
+        """Step the auxiliary task's optimizer, with what --cody_max_grad_norm and --cody_warmup_updates make of it.
 
-        The clip is of the norm over the gradients of all that the loss trains. The warm-up multiplies the rates, and
-        the gradients of the `leaves`, which go on to an optimizer that is not the task's own.
+        The clip is of the norm over all gradients of the task's loss. The warm-up multiplies the rates, and the
+        gradients of the `leaves`, which go on to an optimizer that is not the task's own.
         """
-        warmup = self.config.cody_warmup_updates
-        share = min(1.0, (index + 1) / warmup) if warmup else 1.0
-        for group, rate in zip(self.auxiliary_optimizer.param_groups, self._auxiliary_rates, strict=True):
-            group["lr"] = share * rate
-        norm = self._step(loss, self.auxiliary_optimizer, *leaves, max_norm=self.config.cody_max_grad_norm)
-        for leaf in leaves if share < 1 else ():
-            leaf.grad.mul_(share)
+        groups, c = self.auxiliary_optimizer.param_groups, self.config
+        if c.cody_max_grad_norm is not None:
+            parameters = [p for group in groups for p in group["params"]]
+            nn.utils.clip_grad_norm_([*parameters, *leaves], c.cody_max_grad_norm)
+        if c.cody_warmup_updates:
+            share = min(1.0, (index + 1) / c.cody_warmup_updates)
+            for group, rate in zip(groups, self._auxiliary_rates, strict=True):
+                group["lr"] = share * rate
+            for leaf in leaves:
+                leaf.grad.mul_(share)
+        self.auxiliary_optimizer.step()
+
+    def _step(self, loss, optimizer, *leaves):
+        """`_backward` and the optimizer's step; returns the norm."""
+        norm = self._backward(loss, optimizer, *leaves)
+        optimizer.step()
         return norm
 
     @staticmethod
-    def _step(loss, optimizer, *leaves, max_norm=None):
-        """One step of the optimizer's own parameters only; returns the norm of their gradient, before it is clipped.
+    def _backward(loss, optimizer, *leaves):
+        """The loss's gradient for the optimizer's own parameters only; returns its norm.
 
-        `leaves`: tensors that receive the loss's gradient as well. `max_norm`: of both together.
+        `leaves`: tensors that receive the gradient as well.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad()
         loss.backward(inputs=[*parameters, *leaves])
-        norm = grad_norm(parameters)
-        if max_norm is not None:
-            nn.utils.clip_grad_norm_([*parameters, *leaves], max_norm)
-        optimizer.step()
-        return norm
+        return grad_norm(parameters)

@@ -104,12 +104,15 @@ def check_work_dir(work_dir):
     existing = next(p for p in [path, *path.parents] if os.path.lexists(p))
     if not existing.is_dir():
         raise ConfigError(f"--work_dir {work_dir}: {existing} is not a folder")
+    longest = os.pathconf(existing, "PC_NAME_MAX")
+    if any(len(os.fsencode(part)) > longest for part in path.parts):
+        raise ConfigError(f"--work_dir {work_dir[:60]}...: no name in it may be longer than {longest} bytes")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"--work_dir {work_dir}: {existing} is not writable")
 
 
-def make_run_folder(config):
-    """A new folder <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/, numbered if that name is taken."""
+def make_run_folder(config, device):
+    """A new folder <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/ with its args.json, numbered if it is there."""
     parent = pathlib.Path(config.work_dir) / f"{config.domain_name}-{config.task_name}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +130,11 @@ def make_run_folder(config):
     for part, wanted in {"video": config.save_video, "model": config.save_model, "buffer": config.save_buffer}.items():
         if wanted:
             (folder / part).mkdir()
+    try:
+        (folder / "args.json").write_text(json.dumps(provenance(config, device), indent=2) + "\n")
+    except OSError:
+        shutil.rmtree(folder)
+        raise
     return folder
 
 
@@ -170,9 +178,10 @@ def build(config, device):
 def describe(config, device, replay):
     """What a run says of itself first: seed, threads, device, precision, what draws, memory of the replay."""
     backend = os.environ.get("MUJOCO_GL")
-    sees = f"frames drawn by {backend}, {dmc2gym.renderer(backend)}"
+    drawn = f"drawn by {backend}, {dmc2gym.renderer(backend)}"
+    sees = f"frames {drawn}"
     if config.encoder_type == "identity":
-        sees = "states"
+        sees = f"states, videos {drawn}" if config.save_video else "states"
     threads = torch.get_num_threads()
     return (
         f"seed {config.seed}, on {device} with {threads} thread{'s' if threads > 1 else ''} in {config.precision}, "
@@ -189,15 +198,16 @@ def run():
         device = choose_device(config.device)
         check_machine(config, device)
         env, eval_envs, replay, agent = build(config, device)
-        folder = make_run_folder(config)
+        folder = make_run_folder(config, device)
+        logger = Logger(folder, config)
     except (ConfigError, dmc2gym.EnvError, MemoryError, OSError) as error:
         exit_with(error)
 
-    (folder / "args.json").write_text(json.dumps(provenance(config, device), indent=2) + "\n")
-    logger = Logger(folder, config)
     logger.message(f"{folder}: {describe(config, device, replay)}")
     if config.precision == "bf16" and device.type == "cpu" and (ratio := bf16_time_ratio()) >= 1:
-        logger.message(f"warning: --precision bf16: this CPU convolves {ratio:.1f} times slower in it than in fp32")
+        logger.message(
+            f"warning: --precision bf16: a convolution takes {ratio:.2f} times as long in it as in fp32 here"
+        )
     try:
         train(config, env, eval_envs, replay, agent, logger, folder)
     except FloatingPointError as error:

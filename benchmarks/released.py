@@ -21,7 +21,7 @@ import numpy as np
 import throughput
 import torch
 import tyro
-from throughput import REPLAY, in_own_process, median_seconds, random_replay
+from throughput import REPLAY, in_own_process, median_seconds, random_frames, random_replay
 from torch import nn
 
 from agent import make_agent
@@ -83,8 +83,8 @@ def released_update(config, directory):
         omega_cody_loss=config.omega_cody_loss, time_step=2,
     )  # fmt: skip
     replay = utils.ReplayBuffer(shape, (1,), REPLAY, config.batch_size, CPU)
-    for array in (replay.obses, replay.next_obses):
-        array[:] = np.random.randint(0, 256, array.shape, np.uint8)
+    for offset, array in enumerate((replay.obses, replay.next_obses)):
+        array[:] = random_frames(shape)[(np.arange(REPLAY) + offset) % 64]
     replay.actions[:], replay.rewards[:], replay.not_dones[:] = 0.5, 1, 1
     replay.idx, replay.full = 0, True
     silent = types.SimpleNamespace(log=lambda *_: None, log_histogram=lambda *_: None, log_param=lambda *_: None)
@@ -109,13 +109,13 @@ def measure(config, updates, directory, raised):
 
 
 def check(directory):
-    """Raise `ConfigError` unless `directory` is a checkout of the released code."""
-    git = ["git", "-C", directory, "rev-parse", "HEAD"]
+    """Raise `ConfigError` unless `directory` is an unchanged checkout of the released code."""
+    git = ["git", "-C", directory, "describe", "--always", "--dirty", "--exclude=*", f"--abbrev={len(COMMIT)}"]
     try:
         head = subprocess.run(git, capture_output=True, text=True).stdout
     except OSError:
         raise ConfigError("git is not installed; it tells which commit DIR is at") from None
-    if not head.startswith(COMMIT) or not (pathlib.Path(directory) / "cody_sac.py").exists():
+    if head.strip() != COMMIT or not (pathlib.Path(directory) / "cody_sac.py").exists():
         raise ConfigError(f"{directory or 'DIR'}: not the released code at commit {COMMIT}; {HOW}")
 
 

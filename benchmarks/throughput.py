@@ -76,16 +76,21 @@ def median_seconds(update, updates, device):
     return statistics.median(times[2:])
 
 
+def random_frames(shape):
+    """The same 64 observations of noise in every row."""
+    return np.random.default_rng(0).integers(0, 256, (64, *shape), np.uint8)
+
+
 def random_replay(config, actions, device):
     """A full replay of noise."""
     size = config.image_size
     space = gymnasium.spaces.Box(0, 255, (3 * config.frame_stack, size, size), np.uint8)
     replay = ReplayBuffer(config, space, actions, device)
-    noise = np.random.randint(0, 256, (64, *space.shape), np.uint8)
+    frames = random_frames(space.shape)
     for i in range(REPLAY):
         if i % config.max_episode_steps == 0:
-            replay.begin_episode(noise[i % 64])
-        replay.add(np.random.rand(actions) * 2 - 1, np.random.rand(), noise[(i + 1) % 64], False)
+            replay.begin_episode(frames[i % 64])
+        replay.add(np.random.rand(actions) * 2 - 1, np.random.rand(), frames[(i + 1) % 64], False)
     return replay
 
 
@@ -169,8 +174,9 @@ def in_own_process(function, *args):
 
 def rows_of(args):
     """[(the row's flags, its config)], batch size by batch size; `ConfigError` if one cannot be timed."""
-    if min(args.updates, args.decisions) < 2:
-        raise ConfigError(f"--updates {args.updates} --decisions {args.decisions}: must be at least 2")
+    for flag in ("updates", "decisions"):
+        if getattr(args, flag) < 2:
+            raise ConfigError(f"--{flag} {getattr(args, flag)}: must be at least 2")
     rows = []
     for batch_size, row in itertools.product(args.batch_sizes.split(), args.rows.split(",")):
         flags = f"--replay_buffer_capacity {REPLAY} --batch_size {batch_size} {args.flags} {row}"

@@ -112,8 +112,8 @@ def test_usual_camera():
 @pytest.mark.parametrize(
     "setting, line",
     [
-        ("MUJOCO_EGL_DEVICE_ID=77", r"MUJOCO_EGL_DEVICE_ID=77: cannot render on that device; there are 0"),
-        ("MUJOCO_EGL_DEVICE_ID=gpu", r"MUJOCO_EGL_DEVICE_ID=gpu: cannot render on that device; there are 0"),
+        ("MUJOCO_EGL_DEVICE_ID=77", r"MUJOCO_EGL_DEVICE_ID=77: cannot render on that device; the devices here: 0"),
+        ("MUJOCO_EGL_DEVICE_ID=gpu", r"MUJOCO_EGL_DEVICE_ID=gpu: cannot render on that device; the devices here: 0"),
         ("MUJOCO_GL=disable", r"MUJOCO_GL=disable: switches drawing off; unset it, or use one of egl, osmesa, glfw"),
         ("MUJOCO_GL=foo", r"MUJOCO_GL=foo: cannot render; use one of egl, osmesa, glfw"),
     ],

@@ -8,7 +8,7 @@ import yaml
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = {path.stem: path for path in ROOT.glob("*.py")}
-# docs/algorithm.md's sibling, the design: a file imports only from floors below its own
+# a file imports only from floors below its own
 FLOORS = [
     {"augment", "config", "dmc2gym", "logger", "machine", "utils", "video"},
     {"replay_buffer", "encoder", "checkpoint", "env_worker"},

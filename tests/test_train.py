@@ -22,6 +22,7 @@ from conftest import make_replay
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
+import train
 from logger import Logger
 from video import save_video
 
@@ -104,7 +105,7 @@ def test_console_without_a_terminal_is_plain_lines(trained):
     assert sum(line.startswith("| eval") for line in lines) == 4
     last = [line for line in lines if line.startswith("| train")][-1]
     columns = [cell.split(":")[0].strip() for cell in last.split("|")[2:]]
-    assert columns == ["E", "S", "R", "BR", "A_LOSS", "CR_LOSS", "CODY", "MI", "KL", "D", "D/S", "T"]
+    assert columns == ["E", "S", "R", "BR", "A_LOSS", "CR_LOSS", "CODY", "MI", "KL", "D", "D/S", "U/S", "T"]
 
 
 def test_progress_bar_on_a_terminal(tmp_path):
@@ -198,8 +199,12 @@ def test_evaluate_refuses_in_one_line(trained, tmp_path, monkeypatch, call):
     torch.save({**networks, first: {}}, folder / "model" / "4.pt")
     (folder / "model" / "5.pt").write_bytes((model / "36.pt").read_bytes()[:5000])
     (folder / "model" / "6.pt").mkdir()
-    other, typed = (json.dumps({**args, "batch_size": value}) for value in (0, "a"))
-    for name, text in {"broken": "{", "list": "[]", "other": other, "typed": typed}.items():
+    foreign = {"broken": "{", "list": "[]"}
+    for name, change in {
+        "other": {"batch_size": 0}, "typed": {"batch_size": "a"}, "curl": {"agent": "curl_sac"},
+    }.items():  # fmt: skip
+        foreign[name] = json.dumps({**args, **change})
+    for name, text in foreign.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(text)
     (tmp_path / "e.mp4").touch()
@@ -212,7 +217,10 @@ def test_evaluate_refuses_in_one_line(trained, tmp_path, monkeypatch, call):
         ("--run broken", f"broken: {no_run}"),
         ("--run list", f"list: {no_run}"),
         ("--run other", f"other: {no_run}--batch_size 0: must be at least 1)"),
-        ("--run typed", f"typed: {no_run}"),
+        ("--run typed", f"typed: {no_run}Error parsing --batch_size: invalid literal for int() with base 10: 'a')"),
+        ("--run curl", f"curl: {no_run}invalid choice 'curl_sac' for argument '--agent'."),
+        ("--rum run", "unrecognized flag --rum; the nearest is --run"),
+        (f"--run {'x' * 300}", "xxx"),
         ("--run run --num_eval_episodes 0", "--num_eval_episodes 0: must be at least 1"),
         ("--run run --video e.mp4", "--video e.mp4: exists and is not written over"),
         ("--run run --video e.txt", "--video e.txt: must end in .mp4"),
@@ -224,19 +232,43 @@ def test_evaluate_refuses_in_one_line(trained, tmp_path, monkeypatch, call):
     assert not (tmp_path / "unpickled").exists()
 
 
-def test_evaluate_on_a_full_disk(trained, tmp_path, monkeypatch, call):
-    """Where no file may grow beyond 1,000 bytes there is no video, nor half of one, but the returns are there."""
-    folder, _ = trained
+def on_a_full_disk(function):
+    """The function where no file may grow beyond 1,000 bytes."""
 
-    def on_a_full_disk(*args):
+    def limited(*args):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         try:
-            save_video(*args)
+            return function(*args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(evaluate, "save_video", on_a_full_disk)
+    return limited
+
+
+@pytest.mark.parametrize("name", ["save_model", "save_video"])
+def test_training_on_a_full_disk(tmp_path, monkeypatch, call, name):
+    """One line, and nothing half-written beside what was whole."""
+    monkeypatch.setattr(train, name, on_a_full_disk(getattr(train, name)))
+    result = call("train.py", f"{SMALL} --save_model --save_video --work_dir {tmp_path}")
+    folder = only_run(tmp_path)
+    path = folder / {"save_model": "model/0.pt", "save_video": "video/0.mp4"}[name]
+    assert result.returncode == 1 and result.stderr.startswith(f"{folder}: stopped: {path}: ")
+    assert result.stderr.count("\n") == 1 and list(path.parent.iterdir()) == []
+    assert len(rows(folder, "eval.log")) == 1
+
+
+def test_no_room_for_a_run(tmp_path, monkeypatch, call):
+    monkeypatch.setattr(train, "make_run_folder", on_a_full_disk(train.make_run_folder))
+    result = call("train.py", f"{SMALL} --work_dir {tmp_path}")
+    assert result.returncode == 2 and result.stderr == "train.py: error: [Errno 27] File too large\n"
+    assert list((tmp_path / "cartpole-swingup").iterdir()) == []
+
+
+def test_evaluate_on_a_full_disk(trained, tmp_path, monkeypatch, call):
+    """There is no video, nor half of one, but the returns are there."""
+    folder, _ = trained
+    monkeypatch.setattr(evaluate, "save_video", on_a_full_disk(save_video))
     result = call("evaluate.py", f"--run {folder} --num_eval_episodes 2 --video {tmp_path}/e.mp4")
     assert result.returncode == 2 and list(tmp_path.iterdir()) == []
     assert json.loads(result.stdout)["returns"] == rows(folder, "eval.log")[-1]["returns"]
@@ -287,7 +319,7 @@ def test_whole_runs_of_variants(tmp_path, call, flags):
     if "--updates_per_step 2" in flags:
         assert sum(row["updates_per_s"] * row["duration"] for row in train) == pytest.approx(2 * (30 - 12))
     if "identity" in flags:
-        assert ", states, replay of" in result.stdout
+        assert ", states, videos drawn by " in result.stdout
         assert len(list((folder / "video").iterdir())) == 5
     if "sac_ae" in flags:
         assert 0 < last["psnr"] < 60 and -1 < last["ssim"] <= 1
@@ -300,7 +332,6 @@ def test_whole_runs_of_variants(tmp_path, call, flags):
 
 def test_updates_per_step(monkeypatch):
     """Counted in a real loop: every decision from init_steps on makes that many updates, numbered in order."""
-    import train
     from config import parse
     from env_worker import SerialEnv
 
@@ -393,18 +424,20 @@ def test_unwritable_work_dir(tmp_path, call):
     expected = f"train.py: error: --work_dir {tmp_path}/file/runs: {tmp_path}/file is not a folder\n"
     assert (result.returncode, result.stderr) == (2, expected)
     assert (tmp_path / "file").read_text() == ""
+    result = call("train.py", f"{SMALL} --work_dir {tmp_path}/a/{'x' * 300}")
+    assert result.returncode == 2 and "no name in it may be longer than 255 bytes" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     result = call("train.py", f"{SMALL} --work_dir /proc/runs")  # root may write there, and still cannot
     assert result.returncode == 2 and result.stderr.startswith("train.py: error: --work_dir /proc/runs: ")
     assert result.stderr.count("\n") == 1
 
 
 def test_an_existing_run_is_not_written_over(tmp_path, monkeypatch):
-    import train
     from config import parse
 
     monkeypatch.setattr(train.time, "strftime", lambda _: "now")
     config = parse(["--work_dir", str(tmp_path)])
-    names = [train.make_run_folder(config).name for _ in range(3)]
+    names = [train.make_run_folder(config, "cpu").name for _ in range(3)]
     assert names == ["cody_sac-now-s1", "cody_sac-now-s1-2", "cody_sac-now-s1-3"]
 
 

@@ -207,7 +207,7 @@ def test_a_prior_that_is_off_costs_nothing(small_agent, random_batch, prior, see
     """o_{t-1} is neither augmented nor encoded where nothing looks at it."""
     agent, batch = small_agent(f"--kl_prior {prior}"), random_batch(B)
     augmented = []
-    agent._augment = lambda images: augmented.append(images) or images
+    agent._augment = lambda images, times: augmented.append(images) or images
     encoded = []
     agent.target_encoder.convs.register_forward_pre_hook(lambda module, args: encoded.append(args[0]))
     agent.update(agent.augment(batch), index=1)
