@@ -2,7 +2,7 @@
 
     git clone https://github.com/BangYou01/DY2P && git -C DY2P checkout 0ce9f0f
     python benchmarks/released.py DY2P
-    python benchmarks/released.py DY2P --batch_sizes 256 --updates 20 --rows "--update_mode sequential"
+    python benchmarks/released.py DY2P --batch_sizes 256 --updates 20 --rows="--update_mode sequential"
 
 The released code is read from that checkout and is no part of this project. It runs as it is, but for what is missing
 today, which is replaced here: `gym` (only its names are used), kornia's RandomCrop (its own random corner for each

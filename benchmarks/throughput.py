@@ -1,7 +1,7 @@
 """Speed and memory of the update and of whole decisions, each mode beside the faithful one.
 
     python benchmarks/throughput.py                                           CoDy at batch 128 and 256, all modes
-    python benchmarks/throughput.py --rows "--agent cody_sac, --agent sac" --batch_sizes 512 --flags "--frame_stack 4"
+    python benchmarks/throughput.py --rows="--agent cody_sac, --agent sac" --batch_sizes 512 --flags="--frame_stack 4"
 
 Every row is measured in a process of its own, so that no row inherits another's memory. Times are medians over pairs
 of updates (every second one steps actor and targets), sampling and augmentation included, on random frames. `ratio` is
