@@ -34,19 +34,13 @@ def center_crop(images, size):
 def _crop_at(images, size, corner):
     """Windows whose top left pixels are at `corner` (n, 2), of image i % B; pixels outside repeat the border.
 
-    Selecting whole rows of memory is far cheaper than selecting pixels. So: columns while the columns are the rows
-    of memory, as the replay stores them, then the change to channels-last, then rows.
+    One gather of whole pixels (all channels of one place), which lie together in the channels-last result.
     """
     (B, C, H, W), n = images.shape, len(corner)
     steps = torch.arange(size, device=images.device)
     rows = (corner[:, :1] + steps).clamp(0, H - 1)  # (n, size)
     columns = (corner[:, 1:] + steps).clamp(0, W - 1)
-
-    def first(count, of):  # index of the first memory row of each block
-        return torch.arange(0, count * of, of, device=images.device)
-
-    columns = first(B * C, W).view(B, C, 1).repeat(n // B, 1, 1) + columns[:, None]  # (n, C, size)
-    h = images.transpose(2, 3).reshape(B * C * W, H).index_select(0, columns.view(-1))
-    h = h.view(n, C, size, H).permute(0, 3, 2, 1).reshape(n * H, size * C)
-    h = h.index_select(0, (first(n, H).view(n, 1) + rows).view(-1))
-    return h.view(n, size, size, C).permute(0, 3, 1, 2)
+    first = (torch.arange(n, device=images.device) % B * H * W).view(n, 1, 1)  # pixel of each image
+    places = first + rows[:, :, None] * W + columns[:, None, :]  # (n, size, size)
+    pixels = images.permute(0, 2, 3, 1).reshape(B * H * W, C)
+    return pixels.index_select(0, places.view(-1)).view(n, size, size, C).permute(0, 3, 1, 2)

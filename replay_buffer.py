@@ -32,11 +32,6 @@ class Batch(NamedTuple):
     second_obs: torch.Tensor | None = None  # another augmentation of o_t, where the auxiliary task asks for one
 
 
-def _turned(images):
-    """(..., C, W, H) as stored -> (..., C, H, W), a view; states as they are."""
-    return images.transpose(-1, -2) if images.dim() == 4 else images
-
-
 def _moved(tensor, device):
     """`tensor` on `device`, without waiting for the copy."""
     if tensor.device.type == device.type:
@@ -83,9 +78,8 @@ class ReplayBuffer:
         if size > available:
             raise MemoryError(too_large)
         try:
-            # images lie (C, W, H) in memory, as the augmentation reads them; states are (n,)
-            self._stored = torch.empty((self.slots, *frame_shape[:1], *frame_shape[:0:-1]), dtype=dtype, device=storage)
-            self._stored.zero_()  # touches every page now, so that the run cannot meet the end of memory later
+            self._frames = torch.empty((self.slots, *frame_shape), dtype=dtype, device=storage)
+            self._frames.zero_()  # touches every page now, so that the run cannot meet the end of memory later
         except RuntimeError as error:  # torch's way of saying that the allocation was refused
             raise MemoryError(too_large) from error
         self._actions = np.zeros((self.slots, action_dim), np.float32)
@@ -98,12 +92,7 @@ class ReplayBuffer:
     def nbytes(self):
         """Bytes of everything stored."""
         arrays = (self._actions, self._rewards, self._not_dones, self._ages, self._finals)
-        return self._stored.nbytes + sum(array.nbytes for array in arrays)
-
-    @property
-    def _frames(self):
-        """View of the frames as (slots, *frame_shape)."""
-        return _turned(self._stored)
+        return self._frames.nbytes + sum(array.nbytes for array in arrays)
 
     def begin_episode(self, obs):
         """Store the first frame of an episode: the newest of the stacked `obs` (C, H, W)."""
@@ -120,9 +109,8 @@ class ReplayBuffer:
 
     def _write_frame(self, obs, age):
         slot = self._stream % self.slots
-        channels = self._stored.shape[1]
-        frame = _turned(torch.as_tensor(obs[-channels:])[None]).contiguous()[0]
-        self._stored[slot].copy_(_moved(frame, self._stored.device), non_blocking=True)
+        frame = torch.as_tensor(obs[-self._frames.shape[1] :]).contiguous()
+        self._frames[slot].copy_(_moved(frame, self._frames.device), non_blocking=True)
         self._ages[slot] = age
         self._finals[slot] = True
         self._stream += 1
@@ -172,9 +160,9 @@ class ReplayBuffer:
         window = (positions[:, None] - back) % self.slots
 
         def stack(first):
-            slots = _moved(torch.as_tensor(window[:, first : first + k].ravel()), self._stored.device)
-            frames = _moved(self._stored.index_select(0, slots), self.device)
-            return _turned(frames.view(len(positions), -1, *self._stored.shape[2:]))
+            slots = _moved(torch.as_tensor(window[:, first : first + k].ravel()), self._frames.device)
+            frames = _moved(self._frames.index_select(0, slots), self.device)
+            return frames.view(len(positions), -1, *self._frames.shape[2:])
 
         def floats(values):
             return _moved(torch.as_tensor(values.reshape(len(positions), -1)), self.device)
