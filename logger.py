@@ -1,8 +1,10 @@
 """Where a run's numbers go: the console, JSON lines (train.log, eval.log) and TensorBoard."""
 
 import collections
+import contextlib
 import json
 import math
+import os
 import pathlib
 import statistics
 import sys
@@ -162,17 +164,23 @@ class Logger:
 
     def progress(self, step):
         """Move the progress bar to `step`."""
-        self._bar.update(step - self._step)
+        with contextlib.suppress(OSError):
+            self._bar.update(step - self._step)
         self._step = step
 
     def message(self, text):
-        """A line on the console, above the progress bar."""
-        tqdm.write(text)
-        sys.stdout.flush()  # a redirected run is read with tail -f
+        """A line on the console, above the progress bar.
+
+        A console that goes away, as a closed terminal or the `head -1` behind a pipe, ends no run.
+        """
+        with contextlib.suppress(OSError):
+            tqdm.write(text)
+            sys.stdout.flush()  # a redirected run is read with tail -f
 
     def close(self):
         """Flush and close everything."""
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
         if self._writer:
             self._writer.close()
 
@@ -188,6 +196,15 @@ class Logger:
             for name, value in values.items():
                 add = self._writer.add_histogram if isinstance(value, list) else self._writer.add_scalar
                 add(f"{kind}/{name}", np.array(value), step * self._action_repeat)
+
+
+def prepare_console():
+    """Make stdout and stderr writable whatever the console is: closed, or unable to show a character of a path."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:  # closed; the next file to be opened must not get its number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            setattr(sys, name, os.fdopen(descriptor, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _finite_or_null(value):

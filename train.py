@@ -25,7 +25,7 @@ from checkpoint import save_model
 from config import ConfigError, exit_with, parse
 from env_worker import open_env, open_eval_envs
 from evaluate import choose_device, eval_seed, evaluate, summary
-from logger import Logger
+from logger import Logger, prepare_console
 from machine import bf16_time_ratio, keep_freed_memory, limit_threads
 from replay_buffer import ReplayBuffer
 from utils import git_commit, seed_everything
@@ -220,6 +220,7 @@ def run():
 
 def main():
     """The command: `run`; Ctrl-C ends it with exit code 130."""
+    prepare_console()
     try:
         run()
     except KeyboardInterrupt:

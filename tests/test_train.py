@@ -1,6 +1,7 @@
 """Whole runs of `train.py` and `evaluate.py` as commands, on real pixels with small networks."""
 
 import fcntl
+import io
 import json
 import os
 import pathlib
@@ -23,7 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import evaluate
 import train
-from logger import Logger
+from config import parse
+from logger import Logger, prepare_console
 from video import save_video
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -332,7 +334,6 @@ def test_whole_runs_of_variants(tmp_path, call, flags):
 
 def test_updates_per_step(monkeypatch):
     """Counted in a real loop: every decision from init_steps on makes that many updates, numbered in order."""
-    from config import parse
     from env_worker import SerialEnv
 
     config = parse(f"{STATE} --updates_per_step 3 --num_train_steps 20".split())
@@ -365,8 +366,6 @@ def test_updates_per_step(monkeypatch):
 
 
 def test_divergence_is_warned_of_once_per_episode(tmp_path, capsys):
-    from config import parse
-
     logger = Logger(tmp_path, parse(["--divergence_factor", "5"]))
 
     def interval(step, kl):
@@ -433,8 +432,6 @@ def test_unwritable_work_dir(tmp_path, call):
 
 
 def test_an_existing_run_is_not_written_over(tmp_path, monkeypatch):
-    from config import parse
-
     monkeypatch.setattr(train.time, "strftime", lambda _: "now")
     config = parse(["--work_dir", str(tmp_path)])
     names = [train.make_run_folder(config, "cpu").name for _ in range(3)]
@@ -459,10 +456,40 @@ def test_a_policy_that_diverges_between_readings_stops_the_run(tmp_path, call):
     assert "stopped: " in line and "at step 1" in line and "last metrics: " in line
 
 
+@pytest.mark.parametrize("console", ["a pipe without its reader", "a terminal that was closed"])
+def test_a_console_that_goes_away(tmp_path, monkeypatch, console):
+    """`| head -1` and a lost connection: the rows are still written, and what is not broken still speaks."""
+    reader, writer = os.pipe() if "pipe" in console else pty.openpty()
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    logger = Logger(tmp_path, parse([]))
+    logger.message("heard")
+    assert os.read(reader, 100).split() == [b"heard"]
+    os.close(reader)
+    for step in range(3):
+        logger.eval_row(step, episode=0, episode_reward=1.0, duration=1.0)
+    logger.close()
+    assert len(rows(tmp_path, "eval.log")) == 3
+
+
+def test_a_console_that_shows_ascii_only(tmp_path, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    prepare_console()
+    Logger(tmp_path, parse([])).message("runs/ü")
+    assert shown.getvalue() == b"runs/\\xfc\n"
+
+
+def test_a_run_without_console(tmp_path):
+    """stdout goes after its first line; stderr is closed, and no file of the run may get its number."""
+    command_line = " ".join(command("train.py", SMALL, tmp_path))
+    script = f"{command_line} 2>&- | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.count("\n") == 1 and "seed 3" in result.stdout
+    assert [row["step"] for row in rows(only_run(tmp_path), "eval.log")] == [0, 15, 30, 36]
+
+
 def test_readings_count_by_their_updates(tmp_path):
     """A reading of one update does not weigh as much as one of three; undefined diagnostics are null."""
-    from config import parse
-
     logger = Logger(tmp_path, parse([]))
     for losses in ([1.0, 2.0, 3.0], [10.0]):
         for loss in losses:
