@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import psutil
@@ -223,6 +224,8 @@ def test_worker_steps_beside_its_caller():
     expected = here.finish()
     worker = psutil.Process(there._process.pid)
     worker.suspend()
+    while worker.status() != psutil.STATUS_STOPPED:  # the signal takes a moment on a busy machine
+        time.sleep(0.001)
     late = threading.Timer(10, worker.resume)  # a `start` that waits for the step would wait for this
     late.start()
     there.start(action)
