@@ -54,11 +54,13 @@ def load_config(run):
         ConfigError: the folder holds no run.
     """
     try:
-        args = {"camera_id": 0, **json.loads((pathlib.Path(run) / "args.json").read_text())}  # older runs have 0
+        args = json.loads((pathlib.Path(run) / "args.json").read_text())
+        if args["encoder_type"] != "identity":
+            args.setdefault("camera_id", 0)  # of every task, before that was a flag
         names = {field.name for field in dataclasses.fields(Config)}
         flags = [_as_flag(name, value) for name, value in args.items() if name in names]
         return parse(flags)
-    except (OSError, TypeError, ValueError) as error:  # ConfigError is a ValueError
+    except (OSError, KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{run}: not the folder of a run (args.json: {reason[:100]})") from None
 

@@ -1,5 +1,6 @@
 """Whole runs of `train.py` and `evaluate.py` as commands, on real pixels with small networks."""
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -24,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import evaluate
 import train
+from checkpoint import load_config
 from config import parse
 from logger import Logger, prepare_console
 from video import save_video
@@ -176,6 +178,17 @@ def test_evaluate_gives_the_logged_returns_again(trained, tmp_path, call):
     assert iio.imread(tmp_path / "e.mp4", plugin="FFMPEG").shape == (10, 256, 256, 3)
     result = call("evaluate.py", f"--run {folder} --num_eval_episodes 2 --step 15")
     assert json.loads(result.stdout)["returns"] == rows(folder, "eval.log")[1]["returns"]
+
+
+@pytest.mark.parametrize("flags, camera", [("--domain_name quadruped --task_name walk", 0), (STATE, None)])
+def test_a_run_from_before_a_flag(tmp_path, flags, camera):
+    """What is missing in its args.json has the default; but the camera was 0 on quadruped too."""
+    config = parse(flags.split())
+    args = dataclasses.asdict(config)
+    for flag in ("camera_id", "cody_warmup_updates"):
+        args.pop(flag)
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    assert load_config(tmp_path) == dataclasses.replace(config, camera_id=camera)
 
 
 class Code:
