@@ -1,13 +1,26 @@
-"""Save and restore the networks of a run."""
+"""A run to disk and back: networks for evaluate.py, and checkpoints from which train.py goes on.
 
-import dataclasses
+    model/<step>.pt                   the networks
+    checkpoint/<number>.json          names the files of a checkpoint with their lengths and SHA-256 sums
+    checkpoint/<number>.pt            {part: its state_dict()}
+    checkpoint/<position>.replay      the replay, see journal.py; only appended to, shared by the checkpoints
+
+A checkpoint is whole when its .json is there, the last file to be written; the one before is kept until then. What has
+a state gives it as `state_dict()` and takes it back with `load_state_dict()`; this file does not look inside.
+"""
+
+import hashlib
 import json
 import os
 import pathlib
+import time
 
 import torch
 
-from config import Config, ConfigError, parse
+from config import ConfigError
+from run_folder import CHECKPOINT, write_whole
+
+COST = 50  # an evaluation is followed by a checkpoint if that takes at most 1/50 of the time since the last
 
 
 def save_model(agent, folder, step):
@@ -16,10 +29,19 @@ def save_model(agent, folder, step):
     Raises:
         OSError: it cannot be written, as on a full disk.
     """
-    path = pathlib.Path(folder) / f"{step}.pt"
+    folder = pathlib.Path(folder)
+    folder.mkdir(exist_ok=True)
+    _save(agent.state_dict(), folder / f"{step}.pt")
+
+
+def _save(state, path):
+    """torch.save to a file that appears complete or not at all, and stays through a power cut."""
     temporary = path.with_suffix(".tmp")
     try:
-        torch.save(agent.state_dict(), temporary)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's own of a full disk is a RuntimeError
         temporary.unlink(missing_ok=True)
@@ -47,23 +69,143 @@ def load_model(agent, folder, step=None):
     return step
 
 
-def load_config(run):
-    """The config of the run in folder `run`: its args.json read as flags; those newer than it have their defaults.
+class Checkpoints:
+    """Those of one run.
 
-    Raises:
-        ConfigError: the folder holds no run.
+    Args:
+        folder: of the run.
+        parts: {name: what has a state}; `replay` is one of them and writes its files by itself.
+        minutes: between checkpoints.
+        made_with: dict of what bit equality depends on: versions, threads, processor.
+        message: takes a line for the user.
     """
-    try:
-        args = json.loads((pathlib.Path(run) / "args.json").read_text())
-        if args["encoder_type"] != "identity":
-            args.setdefault("camera_id", 0)  # of every task, before that was a flag
-        names = {field.name for field in dataclasses.fields(Config)}
-        flags = [_as_flag(name, value) for name, value in args.items() if name in names]
-        return parse(flags)
-    except (OSError, KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{run}: not the folder of a run (args.json: {reason[:100]})") from None
+
+    def __init__(self, folder, parts, minutes, made_with, message):
+        self._folder = pathlib.Path(folder) / CHECKPOINT
+        self._folder.mkdir(exist_ok=True)
+        self._parts, self._made_with, self._message = parts, made_with, message
+        self._seconds = 60 * minutes
+        self._kept = {}  # number -> names of its files, of the last checkpoint and the one before
+        self._number = max(self._numbers(), default=0)
+        self._time, self._duration = time.monotonic(), 0.0
+
+    def _numbers(self):
+        return [int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdigit()]
+
+    def save_if_due(self, evaluated=False):
+        """Save where the last time is long enough ago; the parts must be between two decisions."""
+        since = time.monotonic() - self._time
+        if since >= self._seconds or (evaluated and since >= COST * self._duration):
+            self.save()
+
+    def save(self):
+        """Write a checkpoint, then remove those before the last.
+
+        Raises:
+            OSError: it cannot be written; the last one is still there.
+        """
+        start = time.monotonic()
+        number = self._number + 1
+        name = f"{number:06d}.pt"
+        files = self._parts["replay"].commit()
+        _save({part: what.state_dict() for part, what in self._parts.items()}, self._folder / name)
+        files[name] = ((self._folder / name).stat().st_size, _sum(self._folder / name))
+        body = {"files": files, "made_with": self._made_with}
+        write_whole(
+            self._folder / f"{number:06d}.json", json.dumps({"sum": _sum_of_json(body), **body}, indent=1) + "\n"
+        )
+        self._sync_folder()
+        self._number = number
+        self._kept = dict([*self._kept.items(), (number, {*files, f"{number:06d}.json"})][-2:])
+        for path in self._folder.iterdir():
+            if not any(path.name in names for names in self._kept.values()):
+                path.unlink()
+        self._time, self._duration = time.monotonic(), time.monotonic() - start
+
+    def _sync_folder(self):
+        """Bring the new names to the disk."""
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def free(self):
+        """Remove all of them."""
+        for path in self._folder.iterdir():
+            path.unlink()
+
+    def load(self):
+        """Restore the last checkpoint that is whole; whether there was any.
+
+        Raises:
+            ConfigError: there are some and none is whole.
+        """
+        damaged = []
+        for number in sorted(self._numbers(), reverse=True):
+            try:
+                files, made_with, state = self._read(number)
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                self._message(f"warning: {damaged[0]}: going on from the checkpoint before")
+            replay = {name: entry for name, entry in files.items() if not name.endswith(".pt")}
+            self._parts["replay"].read(self._folder, replay)
+            for part, what in self._parts.items():
+                what.load_state_dict(state[part])
+            before, now = _flat(made_with), _flat(self._made_with)
+            changes = [
+                f"{name} {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]
+            ]
+            if changes:
+                self._message(f"warning: no longer bit for bit an uninterrupted run: {', '.join(changes)}")
+            self._kept = {number: {*files, f"{number:06d}.json"}}
+            return True
+        if damaged:
+            raise ConfigError(f"{damaged[0]}; no checkpoint is whole, so the run must be started anew elsewhere")
+        return False
+
+    def _read(self, number):
+        """The checked ({file name: [bytes, sum]}, what it was made with, {part: state})."""
+        path = self._folder / f"{number:06d}.json"
+        try:
+            manifest = json.loads(path.read_text())
+            if manifest.pop("sum") != _sum_of_json(manifest):
+                raise ValueError("its sum is wrong")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: damaged ({error})") from None
+        for name, (size, expected) in manifest["files"].items():
+            path = self._folder / name
+            try:
+                right = _sum(path, size) == expected
+            except OSError as error:
+                raise ValueError(f"{path}: damaged ({error.strerror})") from None
+            if not right:
+                raise ValueError(f"{path}: damaged (its sum is wrong)")
+        state = torch.load(self._folder / f"{number:06d}.pt", map_location="cpu", weights_only=True)
+        return manifest["files"], manifest["made_with"], state
 
 
-def _as_flag(name, value):
-    return f"--{name}={value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no_{name}"
+def _flat(made_with):
+    """The dict with those in it opened up."""
+    return {
+        k: v
+        for name, value in made_with.items()
+        for k, v in (value if isinstance(value, dict) else {name: value}).items()
+    }
+
+
+def _sum(path, size=None):
+    """SHA-256 of the first `size` bytes of a file, or of all."""
+    sums = hashlib.sha256()
+    with open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size if size is None else size
+        while left and (block := file.read(min(left, 1 << 20))):
+            sums.update(block)
+            left -= len(block)
+    return sums.hexdigest()
+
+
+def _sum_of_json(body):
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -90,6 +90,9 @@ class Config:
     """torch.compile the networks, on CUDA with CUDA graphs; the first updates are slow."""
     replay_device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the replay's frames lie; auto is with the networks where they take less than half of the free memory."""
+    replay_storage: Literal["auto", "raw", "lz4"] = "auto"
+    """How the replay's frames are stored: as they are, or packed to a tenth, which takes a little time in each update;
+    auto is raw where they take less than half of the free memory."""
     env_worker: bool = True
     """Step the environment in a process beside the update, and evaluate in up to four; the results are the same."""
 
@@ -200,6 +203,12 @@ class Config:
     # output
     work_dir: str = "runs"
     """Folder of all runs; this run writes <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/."""
+    run_dir: str | None = None
+    """Folder of this run; one that it has begun in is continued, with its flags. None: a new one below work_dir."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints, from which a run that was ended goes on; there is one after each evaluation too."""
+    keep_checkpoint: bool = False
+    """Keep optimizers and replay of a finished run, to go on with a larger num_train_steps or to read its data."""
     log_interval: int = 100
     """Decisions between readings of the training metrics."""
     divergence_factor: float = 10.0
@@ -210,8 +219,6 @@ class Config:
     """Write an mp4 of the first episode of each evaluation to video/."""
     save_model: bool = False
     """Write the networks to model/ at each evaluation; evaluate.py reads them."""
-    save_buffer: bool = False
-    """Write the replay buffer to buffer/, in chunks, at each evaluation."""
 
     @property
     def max_episode_steps(self) -> int:
@@ -238,12 +245,18 @@ def complete(config: Config) -> Config:
     return dataclasses.replace(config, **values)
 
 
+# may differ when a run goes on: what they change is no result, or rounding alone
+UNCHANGING = (
+    "device compile replay_device replay_storage env_worker work_dir run_dir log_interval divergence_factor save_tb "
+    "save_video save_model checkpoint_minutes keep_checkpoint"
+).split()
+
 AT_LEAST_1 = (
     "action_repeat frame_stack image_size num_train_steps batch_size hidden_dim eval_freq num_eval_episodes "
     "critic_target_update_freq actor_update_freq encoder_feature_dim num_layers num_filters log_interval "
     "updates_per_step predictor_layers decoder_update_freq target_augmentations critic_augmentations"
 ).split()
-POSITIVE = "critic_lr actor_lr alpha_lr encoder_lr cody_lr decoder_lr init_temperature".split()
+POSITIVE = "checkpoint_minutes critic_lr actor_lr alpha_lr encoder_lr cody_lr decoder_lr init_temperature".split()
 FRACTIONS = "critic_tau encoder_tau".split()
 BETAS = "critic_beta actor_beta alpha_beta".split()
 WEIGHTS = "omega_cody_loss beta_cody_loss decoder_latent_lambda decoder_weight_lambda".split()
@@ -266,7 +279,7 @@ def check(config: Config) -> None:
     for refusals in (_ranges, _relations, _combinations):
         for ok, flag, right in refusals(config):
             if not ok:
-                raise ConfigError(f"--{flag} {_short(getattr(config, flag))}: {right}")
+                raise ConfigError(f"--{flag} {show(getattr(config, flag))}: {right}")
 
 
 def _ranges(c: Config):
@@ -293,7 +306,7 @@ def _ranges(c: Config):
 
 def _relations(c: Config):
     """The same of each value beside another."""
-    std_max, layers = c.actor_log_std_max, _short(c.num_layers)
+    std_max, layers = c.actor_log_std_max, show(c.num_layers)
     yield c.actor_log_std_min < std_max, "actor_log_std_min", f"must be below --actor_log_std_max {std_max}"
     strided = c.num_strided_layers
     yield (
@@ -303,13 +316,13 @@ def _relations(c: Config):
     )
     # 3x3 convolutions need at least one output pixel: one with stride 1 takes 2 pixels, one with stride 2 half of them
     smallest = 2**strided * 2 * (c.num_layers - strided + 1) - 1
-    right = f"must be at least {_short(smallest)} pixels for --num_layers {layers}"
+    right = f"must be at least {show(smallest)} pixels for --num_layers {layers}"
     yield c.image_size >= smallest, "image_size", right
-    right = f"must be at least --image_size {_short(c.image_size)}"
+    right = f"must be at least --image_size {show(c.image_size)}"
     yield c.pre_transform_image_size >= c.image_size, "pre_transform_image_size", right
     right = "is more than float32 holds, with --encoder_lr added"
     yield c.cody_lr + c.encoder_lr <= FLOAT32_MAX, "cody_lr", right
-    steps, capacity = _short(c.num_train_steps), _short(c.replay_buffer_capacity)
+    steps, capacity = show(c.num_train_steps), show(c.replay_buffer_capacity)
     right = f"must be below --num_train_steps {steps}, or nothing is trained"
     yield c.init_steps < c.num_train_steps, "init_steps", right
     right = (
@@ -317,8 +330,8 @@ def _relations(c: Config):
     )
     right += "if that is less"
     yield c.batch_size <= min(c.replay_buffer_capacity, c.num_train_steps), "batch_size", right
-    smallest, stack = c.frame_stack + 5, _short(c.frame_stack)
-    right = f"must be at least {_short(smallest)}, to hold a pair of transitions with --frame_stack {stack}"
+    smallest, stack = c.frame_stack + 5, show(c.frame_stack)
+    right = f"must be at least {show(smallest)}, to hold a pair of transitions with --frame_stack {stack}"
     yield c.replay_buffer_capacity >= smallest, "replay_buffer_capacity", right
 
 
@@ -344,9 +357,13 @@ def _combinations(c: Config):
     for flags, need, met in needs:
         for flag in flags:
             yield met or getattr(c, flag) == defaults[flag], flag, f"has no effect without {need}"
-    same_size, size = c.pre_transform_image_size == c.image_size, _short(c.image_size)
+    same_size, size = c.pre_transform_image_size == c.image_size, show(c.image_size)
     right = "has no effect without --encoder_type pixel or protorl"
     yield pixels or same_size, "pre_transform_image_size", right
+    right = "lies in the memory of this process; use --replay_device auto or cpu"
+    yield c.replay_storage != "lz4" or c.replay_device != "cuda", "replay_storage", right
+    right = "has no effect with --run_dir, which names the folder exactly"
+    yield c.run_dir is None or c.work_dir == defaults["work_dir"], "work_dir", right
     if c.agent == "sac_ae":
         yield c.encoder_type == "pixel", "agent", f"reconstructs pixels, not with --encoder_type {c.encoder_type}"
         right = f"--agent sac_ae has no augmentation, so it must be --image_size {size}"
@@ -354,19 +371,22 @@ def _combinations(c: Config):
         yield c.image_size >= 7, "image_size", "must be at least 7 for the SSIM of --agent sac_ae"
 
 
-def _short(value) -> str:
+def show(value) -> str:
     """The value for a message, cut where it would make the line too long."""
     text = str(value)
     return text if len(text) <= 24 else f"{text[:20]}..."
 
 
-def parse_flags(flags, args=None):
-    """Command line -> instance of the dataclass `flags`. `--help` prints and exits; bad input raises `ConfigError`."""
+def parse_flags(flags, args=None, default=None):
+    """Command line -> instance of the dataclass `flags`; flags not given are those of the instance `default`.
+
+    `--help` prints and exits; bad input raises `ConfigError`.
+    """
     args = sys.argv[1:] if args is None else list(args)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(flags, args=args, use_underscores=True)
+            return tyro.cli(flags, args=args, default=default, use_underscores=True)
     except SystemExit as exit_:
         if not exit_.code:
             raise
@@ -384,7 +404,7 @@ def _unrecognized(flags, args) -> str | None:
         flag = arg.split("=")[0].replace("-", "_").replace("__", "--", 1)
         if re.match(r"--?[a-zA-Z]", arg) and flag not in real:
             nearest = difflib.get_close_matches(flag, real, n=1, cutoff=0)[0]
-            return f"unrecognized flag {_short(arg.split('=')[0])}; the nearest is {nearest}"
+            return f"unrecognized flag {show(arg.split('=')[0])}; the nearest is {nearest}"
     return None
 
 
@@ -409,5 +429,11 @@ def _one_line(box: str) -> str:
 def exit_with(error: Exception) -> None:
     """End the program as bad input does: one line on stderr, exit code 2."""
     line = f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}"
-    print(line if len(line) <= LINE else line[: LINE - 3] + "...", file=sys.stderr)
-    sys.exit(2)
+    leave(line if len(line) <= LINE else line[: LINE - 3] + "...", 2)
+
+
+def leave(line: str, code: int) -> None:
+    """End the program with a line on stderr, if anybody listens there."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(code)

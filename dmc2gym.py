@@ -16,6 +16,8 @@ import sys
 import gymnasium
 import numpy as np
 
+from signals import kept_from_children
+
 DEBIAN_PACKAGES = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6", "glfw": "libglfw3 and a display"}
 DRAWING_OFF = ("off", "disable", "disabled", "false", "0")  # dm_control's names
 CAMERAS = {"quadruped": 2}  # where camera 0 hardly shows the body: as drq, drqv2, dreamerv3 and tdmpc2
@@ -93,7 +95,8 @@ def _probe(script, backend, without=None):
     # PyOpenGL's own variable must agree with MUJOCO_GL, and each backend sets it when it is free to
     environment.pop("PYOPENGL_PLATFORM", None)
     environment.pop(without, None)
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    with kept_from_children():
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     return done.stdout.splitlines()[-1] if done.returncode == 0 and done.stdout else None
 
 
@@ -174,7 +177,7 @@ class DMCEnv(gymnasium.Env):
         self._frame_skip = frame_skip
         self._channels_first = channels_first
         self._max_steps = math.ceil(episode_length / frame_skip)
-        self._steps = None  # None: `reset` comes next
+        self._over = True  # `reset` comes next
 
         spec = self._env.action_spec()
         bounded = np.abs(spec.maximum) < 1e9  # MuJoCo gives an unbounded actuator +-1e10
@@ -209,8 +212,8 @@ class DMCEnv(gymnasium.Env):
         super().reset(seed=seed)
         if seed is not None:
             self._env.task.random.seed(seed)
+        self._begin()
         time_step = self._env.reset()
-        self._steps = 0
         self._observation = self._observe(time_step)
         return self._observation, {"discount": 1.0}
 
@@ -220,28 +223,63 @@ class DMCEnv(gymnasium.Env):
         Physics that diverges ends the episode: truncated, reward 0, the observation the one before, and
         `info["physics_error"]` says why.
         """
-        if self._steps is None:
+        if self._over:
             raise gymnasium.error.ResetNeeded("call reset() before step(), and after each episode")
-        fraction = (np.asarray(action, np.float64) + 1) / 2
-        action = self._action_low + fraction * (self._action_high - self._action_low)
-        reward = 0.0
         try:
-            for _ in range(self._frame_skip):
-                time_step = self._env.step(action)
-                reward += time_step.reward or 0.0
-                if time_step.last():
-                    break
+            time_step, reward = self._advance(action)
             observation = self._observe(time_step)
         except self._physics_error as error:
-            self._steps = None
+            self._over = True
             return self._observation, 0.0, False, True, {"discount": 1.0, "physics_error": " ".join(str(error).split())}
-        self._steps += 1
         terminated = time_step.last() and time_step.discount == 0
-        truncated = not terminated and (time_step.last() or self._steps >= self._max_steps)
-        if terminated or truncated:
-            self._steps = None
+        truncated = not terminated and (time_step.last() or len(self._actions) >= self._max_steps)
+        self._over = terminated or truncated
         self._observation = observation
         return observation, reward, terminated, truncated, {"discount": time_step.discount}
+
+    def _begin(self):
+        """Before the task is reset: what an episode follows from, its actions aside."""
+        self._random = self._env.task.random.get_state()
+        self._actions = []
+        self._over = False
+
+    def _advance(self, action):
+        """The control steps of one `step`: the last time step and the summed reward."""
+        self._actions.append(np.array(action, np.float64))
+        fraction = (self._actions[-1] + 1) / 2
+        action = self._action_low + fraction * (self._action_high - self._action_low)
+        reward = 0.0
+        for _ in range(self._frame_skip):
+            time_step = self._env.step(action)
+            reward += time_step.reward or 0.0
+            if time_step.last():
+                break
+        return time_step, reward
+
+    def state_dict(self):
+        """Where the episode stands: the task's random state before it and its actions so far."""
+        kind, keys, *rest = self._random
+        actions = [action.tolist() for action in self._actions]
+        return {"random": [kind, keys.tolist(), *rest], "actions": actions, "over": self._over}
+
+    def load_state_dict(self, state, observation):
+        """Come to the state that `state_dict` was of by taking the same steps again, without drawing.
+
+        A copy of the physics' state would not do: some tasks keep their targets in the model.
+
+        Args:
+            state: what `state_dict` gave.
+            observation: the last one; a renderer need not draw the same twice.
+        """
+        kind, keys, *rest = state["random"]
+        self._env.task.random.set_state((kind, np.array(keys, np.uint32), *rest))
+        self._begin()
+        self._env.reset()
+        with contextlib.suppress(self._physics_error):  # the last action's
+            for action in state["actions"]:
+                self._advance(action)
+        self._over = state["over"]
+        self._observation = observation
 
     def render(self, height=None, width=None, camera_id=None):
         """RGB image (height, width, 3), uint8, of the current state."""

@@ -5,6 +5,7 @@ and frames are the same, so a run gives the same numbers with either.
 """
 
 import contextlib
+import copy
 import importlib
 import multiprocessing
 import pathlib
@@ -14,10 +15,12 @@ from multiprocessing.connection import Connection
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium.wrappers import FrameStackObservation, TransformObservation
 
 import dmc2gym
 from machine import available_cores
+from signals import Stopped, kept_from_children
 
 EVAL_WORKERS = 4  # processes of one run's evaluation at most
 PHYSICS_ERRORS = 10  # episodes in a row that may end since the physics diverged
@@ -47,21 +50,37 @@ def make_env(config, seed):
     return TransformObservation(env, lambda obs: obs.reshape(shape).astype(dtype, copy=False), space)
 
 
-class SerialEnv:
+class Restorable:
+    """An environment whose state can be saved and restored, its sampling of actions included."""
+
+    def state_dict(self):
+        """Of a moment between two steps."""
+        sampling = self.action_space.np_random.bit_generator.state
+        return {"episode": self.episode_state(), "obs": torch.from_numpy(self.obs), "sampling": sampling}
+
+    def load_state_dict(self, state):
+        """Come to the state that `state_dict` was of, by taking the episode's steps again without drawing."""
+        self.restore(state["episode"], state["obs"].numpy())
+        self.action_space.np_random.bit_generator.state = state["sampling"]
+
+
+class SerialEnv(Restorable):
     """One environment of `make_env` in this process.
 
-    `observation_space`, `action_space` and `metadata` are the environment's.
+    `observation_space`, `action_space` and `metadata` are the environment's, `obs` is the last observation.
     """
 
     def __init__(self, config, seed):
         self._env = make_env(config, seed)
         self.observation_space, self.action_space = self._env.observation_space, self._env.action_space
         self.metadata = self._env.metadata
+        self.obs = None  # the last observation
         self._physics_errors = 0  # in a row
 
     def reset(self, seed=None):
         """First observation of an episode; `seed` restarts the task's random state."""
-        return self._env.reset(seed=seed)[0]
+        self.obs = self._env.reset(seed=seed)[0]
+        return self.obs
 
     def start(self, action):
         """Take one decision's step with `action` (|A|,)."""
@@ -82,7 +101,24 @@ class SerialEnv:
             return None, reward, terminated, truncated
         if terminated or truncated:
             self._physics_errors = 0
+        self.obs = obs
         return obs, reward, terminated, truncated
+
+    def check(self):
+        """Raise `Stopped` if the environment has been in trouble; here it raises what it has to say at once."""
+
+    def episode_state(self):
+        """Where the episode stands, not between `start` and `finish`; without the last observation."""
+        return {"steps": self._env.unwrapped.state_dict(), "physics_errors": self._physics_errors}
+
+    def restore(self, episode_state, obs):
+        """Come to the state that `episode_state` was of, and `obs` the last observation."""
+        stack = self._env.env  # FrameStackObservation
+        frames = obs.reshape(-1, *stack.observation_space.shape[1:])
+        self._env.unwrapped.load_state_dict(episode_state["steps"], frames[-1])
+        stack.obs_queue.extend(frames)  # pushes the ones before out
+        self._physics_errors = episode_state["physics_errors"]
+        self.obs = obs
 
     def draw(self, height, width):
         """RGB image (height, width, 3), uint8, of the current state; not between `start` and `finish`."""
@@ -93,24 +129,34 @@ class SerialEnv:
         self._env.close()
 
 
-class WorkerEnv:
+class WorkerEnv(Restorable):
     """As `SerialEnv`, in a process of its own, which also owns the rendering context.
 
-    The worker ends when this process does, however that ends, and Ctrl-C does not reach it. (Gymnasium's
-    AsyncVectorEnv does the same with tracebacks at each.) Several start at once: the first use of each waits for it.
+    The worker ends when this process does, however that ends, and the signals of a cluster or a terminal do not reach
+    it. (Gymnasium's AsyncVectorEnv does the same with tracebacks at each.) Several start at once: the first use of each
+    waits for it. If it dies, another takes its place and comes to the same state, and `check` says so: what a step
+    gives is not lost.
 
     Raises, from any method:
-        EnvError: what making the environment raised, or that the worker has died.
+        EnvError: what making the environment raised, or that the worker has died again.
     """
 
     def __init__(self, config, seed):
         dmc2gym.select_gl_backend(required=config.encoder_type != "identity")  # for all workers, which inherit it
-        ours, theirs = multiprocessing.Pipe()
-        with theirs:
+        self._made_of = config, seed
+        self._spaces = None
+        self.obs = None  # the last observation
+        self._episode = None  # the worker's `episode_state`, as far as it has answered
+        self._death = None
+        self._begin()
+
+    def _begin(self):
+        self._pipe, theirs = multiprocessing.Pipe()
+        with theirs, kept_from_children():
             command = [sys.executable, str(pathlib.Path(__file__).resolve()), str(theirs.fileno())]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
-        self._pipe, self._spaces = ours, None
-        self._send(config, seed)
+        with contextlib.suppress(OSError):  # dead already: `_receive` will say so
+            self._pipe.send(self._made_of)
 
     @property
     def observation_space(self):
@@ -125,14 +171,37 @@ class WorkerEnv:
         return self._described()[2]
 
     def reset(self, seed=None):
-        return self._call("reset", seed)
+        self.obs, self._episode = self._call("reset", seed)
+        return self.obs
 
     def start(self, action):
         self._described()
-        self._send("step", action)
+        self._action = action
+        with contextlib.suppress(OSError):  # dead: `finish` will see
+            self._pipe.send(("step", action))
 
     def finish(self):
-        return self._receive()
+        try:
+            result = self._receive()
+        except WorkerDeath as death:
+            self._replace(death)
+            result = self._call("step", self._action)
+        self.obs = self.obs if result[0] is None else result[0]
+        self._episode["steps"]["actions"].append(np.asarray(self._action, np.float64).tolist())
+        if result[2] or result[3]:
+            self._episode = self._call("episode_state")
+        return result
+
+    def check(self):
+        if self._death:
+            raise Stopped(str(self._death), 1)
+
+    def episode_state(self):
+        return copy.deepcopy(self._episode)
+
+    def restore(self, episode_state, obs):
+        self._call("restore", episode_state, obs)
+        self._episode, self.obs = episode_state, obs
 
     def draw(self, height, width):
         return self._call("draw", height, width)
@@ -148,28 +217,47 @@ class WorkerEnv:
         return self._spaces
 
     def _call(self, *message):
+        """Ask the worker, and another one if it has died."""
         self._described()
-        self._send(*message)
+        try:
+            return self._ask(*message)
+        except WorkerDeath as death:
+            self._replace(death)
+            return self._ask(*message)
+
+    def _replace(self, death):
+        """Another worker in the state of the one that died."""
+        if self._death:
+            raise death
+        self._death = death
+        self._begin()
+        self._receive()
+        if self._episode:
+            self._ask("restore", self._episode, self.obs)
+
+    def _ask(self, *message):
+        with contextlib.suppress(OSError):
+            self._pipe.send(message)
         return self._receive()
 
-    def _send(self, *message):
-        with self._alive():
-            self._pipe.send(message)
-
     def _receive(self):
-        with self._alive():
+        """The worker's next answer.
+
+        Raises:
+            WorkerDeath: there will be none.
+        """
+        try:
             message = self._pipe.recv()
+        except (EOFError, OSError):
+            code = self._process.wait()
+            raise WorkerDeath(f"an environment worker has ended with exit code {code}") from None
         if isinstance(message, dmc2gym.EnvError):
             raise message
         return message
 
-    @contextlib.contextmanager
-    def _alive(self):
-        try:
-            yield
-        except (EOFError, OSError) as error:
-            code = self._process.wait()
-            raise dmc2gym.EnvError(f"an environment worker has ended with exit code {code}") from error
+
+class WorkerDeath(dmc2gym.EnvError):
+    """An environment worker has died."""
 
 
 def work(pipe):
@@ -185,6 +273,8 @@ def work(pipe):
                 if method == "step":
                     env.start(*arguments)
                     pipe.send(env.finish())
+                elif method == "reset":
+                    pipe.send((env.reset(*arguments), env.episode_state()))
                 else:
                     pipe.send(getattr(env, method)(*arguments))
         except dmc2gym.EnvError as error:

@@ -17,10 +17,11 @@ import torch
 
 import dmc2gym
 from agent import make_agent
-from checkpoint import load_config, load_model
+from checkpoint import load_model
 from config import ConfigError, exit_with, parse_flags
 from env_worker import open_eval_envs
 from machine import limit_threads
+from run_folder import load_config
 from video import save_video
 
 VIDEO_SIZE = 256  # pixels, a multiple of 16 as H.264 wants
@@ -31,13 +32,13 @@ def eval_seed(config):
     return (config.seed + 2**31) % 2**32
 
 
-def evaluate(envs, agent, num_episodes, seed, film, message):
+def evaluate(envs, agent, num_episodes, seed, film, message, check=lambda: None):
     """Returns of `num_episodes` episodes with the mean action, a list of floats; pictures of the first if `film`.
 
     Episode i starts from `seed` + i, so that every evaluation of a run meets the same initial states, a saved model
     gives its logged returns again, and neither depends on the number of `envs`, which step beside each other.
     The pictures are a list of (VIDEO_SIZE, VIDEO_SIZE, 3) uint8, empty without `film`. `message`: takes a line for the
-    user.
+    user. `check`: called at each decision, may raise.
     """
     returns = [0.0] * num_episodes
     frames = []
@@ -52,6 +53,7 @@ def evaluate(envs, agent, num_episodes, seed, film, message):
 
     playing = [pair for env in envs for pair in begin(env)]
     while playing:
+        check()
         still = []
         for env, episode in playing:
             obs, reward, terminated, truncated = env.finish()

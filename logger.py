@@ -48,12 +48,14 @@ class Logger:
     def __init__(self, folder, config):
         self._folder = pathlib.Path(folder)
         self._action_repeat = config.action_repeat
-        self._writer = SummaryWriter(self._folder / "tb") if config.save_tb else None
+        self._save_tb, self._writer = config.save_tb, None
+        self._purge_step = 0  # environment step from which TensorBoard is to forget what it has read
         self._unread = []  # (step, metrics still on the device)
         self._means = []  # metrics of the intervals read since the last train row, and their numbers of updates
         self._last = "none"  # the last metrics read, for the message of a run that stops
         self._step = 0
-        self._start, self._row_time = psutil.Process().create_time(), time.time()
+        self._row_time = time.monotonic()  # which no setting of the clock moves
+        self._start = self._row_time - (time.time() - psutil.Process().create_time())
         self._row_step, self._row_updates = 0, 0  # decisions before the last train row, updates since
         self._physics_errors = 0
         self._divergence_factor = config.divergence_factor
@@ -83,7 +85,8 @@ class Logger:
         self._unread = []
         bad, means = [], {}
         for name, column in columns.items():
-            values = torch.stack([value for _, value in column]).double()
+            device = column[-1][1].device  # those of a checkpoint are on the CPU
+            values = torch.stack([value.to(device) for _, value in column]).double()
             means[name] = values.mean(dim=0).tolist()
             if name.endswith("loss") and not math.isfinite(means[name]):
                 bad += [(s, name, v) for (s, _), v in zip(column, values.tolist(), strict=True) if not math.isfinite(v)]
@@ -120,7 +123,7 @@ class Logger:
 
     def train_row(self, step, **values):
         """End of a training episode: its values, how fast it was, and the means of what was read since the last row."""
-        now = time.time()
+        now = time.monotonic()
         seconds = now - self._row_time  # without the evaluations
         rates = {
             "duration": seconds,
@@ -154,13 +157,13 @@ class Logger:
     def media(self, step, images, named_parameters):
         """TensorBoard only: {name: (N, 3, H, W)} images, and histograms of parameters."""
         self.read()  # parameters that are not finite have no histogram: the loss says so better
-        if not self._writer:
+        if not self._save_tb:
             return
         env_step = step * self._action_repeat
         for name, value in images.items():
-            self._writer.add_images(name, value.cpu(), env_step)
+            self._tensorboard().add_images(name, value.cpu(), env_step)
         for name, parameter in named_parameters:
-            self._writer.add_histogram(f"parameters/{name}", parameter.detach().cpu(), env_step)
+            self._tensorboard().add_histogram(f"parameters/{name}", parameter.detach().cpu(), env_step)
 
     def progress(self, step):
         """Move the progress bar to `step`."""
@@ -177,6 +180,54 @@ class Logger:
             tqdm.write(text)
             sys.stdout.flush()  # a redirected run is read with tail -f
 
+    def state_dict(self):
+        """Where the logs stand, what was recorded and not yet written, and what the warnings have seen."""
+        if self._writer:
+            self._writer.flush()
+        now = time.monotonic()
+        return {
+            "lengths": {str(path.relative_to(self._folder)): _on_disk(path) for path in self._files()},
+            "seconds": now - self._start,
+            "row_seconds": now - self._row_time,
+            "step": self._step,
+            "row": [self._row_step, self._row_updates, self._physics_errors, self._warned],
+            "unread": self._unread,
+            "means": self._means,
+            "last": self._last,
+            "watched": {name: list(window) for name, window in self._watched.items()},
+        }
+
+    def load_state_dict(self, state):
+        """Go on from where `state_dict` was called: rows that were written after it will come again and are cut."""
+        self.cut_logs(state["lengths"])
+        self._start -= state["seconds"]
+        self._row_time = time.monotonic() - state["row_seconds"]
+        self._row_step, self._row_updates, self._physics_errors, self._warned = state["row"]
+        self._unread, self._means, self._last = state["unread"], state["means"], state["last"]
+        for name, window in self._watched.items():
+            window.extend(state["watched"][name])
+        self._purge_step = state["step"] * self._action_repeat + 1
+        self.progress(state["step"])
+
+    def cut_logs(self, lengths):
+        """Cut each log and event file to its length in bytes; without one, there was nothing to keep in it."""
+        for path in self._files():
+            length = lengths.get(str(path.relative_to(self._folder)), 0)
+            if path.suffix == ".log" or length:
+                os.truncate(path, min(length, path.stat().st_size))
+            else:
+                path.unlink()
+        for name, length in lengths.items():
+            path = self._folder / name
+            there = path.stat().st_size if path.exists() else 0
+            if there < length:
+                self.message(f"warning: {path} has {there} bytes of {length}: rows before this step are missing in it")
+
+    def _files(self):
+        """What is only ever appended to."""
+        logs = [path for path in (self._folder / "train.log", self._folder / "eval.log") if path.exists()]
+        return logs + sorted((self._folder / "tb").glob("events.out.tfevents.*"))
+
     def close(self):
         """Flush and close everything."""
         with contextlib.suppress(OSError):
@@ -191,10 +242,20 @@ class Logger:
         cells = [f"{label}: {_cell(name, row[name])}" for name, label in columns.items() if name in row]
         self.message(" | ".join([colored(f"| {kind:5}", colour), *cells]))
 
+    def _tensorboard(self):
+        """The writer, opened when there is something to write: its file names the step that a resumed run starts from.
+
+        A TensorBoard that is watching ignores the step of a run's first file, so that one has a step too.
+        """
+        if not self._writer:
+            self._writer = SummaryWriter(self._folder / "tb", purge_step=self._purge_step)
+        return self._writer
+
     def _scalars(self, kind, step, values):
-        if self._writer:
+        if self._save_tb:
+            writer = self._tensorboard()
             for name, value in values.items():
-                add = self._writer.add_histogram if isinstance(value, list) else self._writer.add_scalar
+                add = writer.add_histogram if isinstance(value, list) else writer.add_scalar
                 add(f"{kind}/{name}", np.array(value), step * self._action_repeat)
 
 
@@ -205,6 +266,13 @@ def prepare_console():
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             setattr(sys, name, os.fdopen(descriptor, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _on_disk(path):
+    """The length of a file in bytes, all of them on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
 
 
 def _finite_or_null(value):

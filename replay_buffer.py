@@ -4,16 +4,28 @@ A ring of slots. A slot holds one frame and, unless the frame is the last of its
 from it: action, summed reward and `not_done`. An episode of T transitions takes T + 1 slots, so its final
 observation is kept exactly. Stacked observations are rebuilt by index. Slots are named by their position in the
 whole stream of frames; position p lies at `p % slots`.
+
+The frames themselves lie in a store of frames.py. With a journal (journal.py) everything that comes in is also written
+to disk, and read from there into another buffer.
 """
 
 import math
 import pathlib
 from typing import NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
 
+import journal
+from frames import PackedFrames, RawFrames, moved
 from machine import available_memory
+from run_folder import CHECKPOINT, load_config
+from signals import Stopped
+
+PACKED_BYTES = 5_000  # of a packed frame: an estimate, cartpole has 2,000 and walker 12,000
+WATCHED = 100  # frames between two looks at the memory that is left
+RESERVE_BYTES = 500_000_000  # of memory that must stay free, for a checkpoint among others
 
 
 class Batch(NamedTuple):
@@ -30,13 +42,6 @@ class Batch(NamedTuple):
     next_obs: torch.Tensor  # (B, C, H, W) uint8, o_{t+1}
     not_done: torch.Tensor  # (B, 1) float32, 0 after a true termination
     second_obs: torch.Tensor | None = None  # another augmentation of o_t, where the auxiliary task asks for one
-
-
-def _moved(tensor, device):
-    """`tensor` on `device`, without waiting for the copy."""
-    if tensor.device.type == device.type:
-        return tensor
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class ReplayBuffer:
@@ -60,33 +65,43 @@ class ReplayBuffer:
         self.device = device
         self._rng = np.random.default_rng(config.seed)
         self._stream = 0  # frames written since the start
-        self._first = 0  # first of them that was stored; not 0 after `load` of a part
-        self._saved = 0  # frames written to disk by `save`
+        self._start = 0  # first of them that came to this buffer; not 0 where the oldest were gone from the journal
+        self._journal = None
 
-        frame_shape = (obs_space.shape[0] // config.frame_stack, *obs_space.shape[1:])
-        dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
-        size = self.slots * math.prod(frame_shape) * dtype.itemsize
-        storage = config.replay_device
-        if storage == "auto":
-            storage = device if size < available_memory(device) / 2 else "cpu"
-        storage = torch.device(storage)
-        available = available_memory(storage)
-        too_large = (
-            f"--replay_buffer_capacity {config.replay_buffer_capacity}: its frames take {size / 1e9:.1f} GB and "
-            f"{available / 1e9:.1f} GB of memory are available on {storage}"
-        )
-        if size > available:
-            raise MemoryError(too_large)
-        try:
-            self._frames = torch.empty((self.slots, *frame_shape), dtype=dtype, device=storage)
-            self._frames.zero_()  # touches every page now, so that the run cannot meet the end of memory later
-        except RuntimeError as error:  # torch's way of saying that the allocation was refused
-            raise MemoryError(too_large) from error
+        self._frame_shape = (obs_space.shape[0] // config.frame_stack, *obs_space.shape[1:])
+        self._dtype = np.dtype(np.uint8 if obs_space.dtype == np.uint8 else np.float32)
+        self._frames = self._make_store(config)
         self._actions = np.zeros((self.slots, action_dim), np.float32)
         self._rewards = np.zeros(self.slots, np.float32)
         self._not_dones = np.zeros(self.slots, np.float32)
         self._ages = np.zeros(self.slots, np.int32)  # frames before this one in its episode
         self._finals = np.ones(self.slots, bool)  # no transition starts here (yet)
+
+    def _make_store(self, config):
+        """Where the frames go: raw where they take less than half of what is free, unless a flag says otherwise."""
+        raw = self.slots * math.prod(self._frame_shape) * self._dtype.itemsize
+        packed = self.slots * PACKED_BYTES
+        kind, place = config.replay_storage, config.replay_device
+        if place == "auto":
+            fits = kind != "lz4" and raw < available_memory(self.device) / 2
+            place = self.device if fits else "cpu"
+        place = torch.device(place)
+        available = available_memory(place)
+        if kind == "auto":
+            kind = "raw" if raw < available / 2 or place.type == "cuda" else "lz4"
+        size = raw if kind == "raw" else min(raw, packed)
+        too_large = (
+            f"--replay_buffer_capacity {config.replay_buffer_capacity}: its frames take {size / 1e9:.1f} GB "
+            f"({kind}) and {available / 1e9:.1f} GB of memory are available on {place}"
+        )
+        if size > available:
+            raise MemoryError(too_large)
+        self._estimate = size
+        dtype = torch.from_numpy(np.empty(0, self._dtype)).dtype
+        try:
+            return {"raw": RawFrames, "lz4": PackedFrames}[kind](self.slots, self._frame_shape, dtype, place)
+        except RuntimeError as error:  # torch's way of saying that the allocation was refused
+            raise MemoryError(too_large) from error
 
     @property
     def nbytes(self):
@@ -94,9 +109,23 @@ class ReplayBuffer:
         arrays = (self._actions, self._rewards, self._not_dones, self._ages, self._finals)
         return self._frames.nbytes + sum(array.nbytes for array in arrays)
 
+    @property
+    def description(self):
+        """What a run says of its replay: how its frames are stored, and the memory they take when it is full."""
+        about = "about " if self._frames.name == "lz4" else ""
+        return f"replay of {about}{self._estimate / 1e9:.2f} GB ({self._frames.name})"
+
+    def check_memory(self):
+        """Raise `Stopped` while there is still room to save the run, if the frames grow out of the memory."""
+        if self._frames.name == "raw" or self._stream % WATCHED:
+            return
+        if (free := available_memory()) < RESERVE_BYTES:
+            size = self.nbytes / 1e9
+            raise Stopped(f"{free / 1e9:.1f} GB of memory are left and the replay has grown to {size:.1f} GB", 1)
+
     def begin_episode(self, obs):
         """Store the first frame of an episode: the newest of the stacked `obs` (C, H, W)."""
-        self._write_frame(obs, age=0)
+        self._write(obs, 0, 0.0, 0.0, False)
 
     def add(self, action, reward, next_obs, terminated):
         """Store the transition from the newest frame, and the newest frame of `next_obs` (C, H, W)."""
@@ -105,19 +134,24 @@ class ReplayBuffer:
         self._rewards[slot] = reward
         self._not_dones[slot] = not terminated
         self._finals[slot] = False
-        self._write_frame(next_obs, age=self._ages[slot] + 1)
+        self._write(next_obs, self._ages[slot] + 1, action, reward, terminated)
 
-    def _write_frame(self, obs, age):
+    def _write(self, obs, age, action, reward, terminated):
+        """The newest frame of `obs` into the next slot, and into the journal with what led to it."""
+        frame = np.array(obs[-self._frame_shape[0] :])  # a copy: the environment's is drawn over
+        if age == 0:
+            self._first = frame
         slot = self._stream % self.slots
-        frame = torch.as_tensor(obs[-self._frames.shape[1] :]).contiguous()
-        self._frames[slot].copy_(_moved(frame, self._frames.device), non_blocking=True)
+        self._frames.write(slot, frame, self._first)
         self._ages[slot] = age
         self._finals[slot] = True
+        if self._journal:
+            self._journal.append(self._stream, frame, self._first, age, action, reward, terminated)
         self._stream += 1
 
     @property
     def _oldest(self):
-        return max(self._first, self._stream - self.slots)
+        return max(self._start, self._stream - self.slots)
 
     def _is_legal(self, positions):
         """Whether o_{t-1} to o_{t+1} of each position t are of one episode and all their frames are still there."""
@@ -159,13 +193,15 @@ class ReplayBuffer:
         back = np.minimum(np.arange(k, -2, -1), self._ages[slots][:, None])  # (B, k + 2)
         window = (positions[:, None] - back) % self.slots
 
+        frames = moved(self._frames.read(window.ravel()), self.device)
+        frames = frames.view(len(positions), -1, *self._frame_shape[1:])  # (B, (k + 2) * C, H, W)
+        channels = self._frame_shape[0]
+
         def stack(first):
-            slots = _moved(torch.as_tensor(window[:, first : first + k].ravel()), self._frames.device)
-            frames = _moved(self._frames.index_select(0, slots), self.device)
-            return frames.view(len(positions), -1, *self._frames.shape[2:])
+            return frames[:, first * channels : (first + k) * channels]
 
         def floats(values):
-            return _moved(torch.as_tensor(values.reshape(len(positions), -1)), self.device)
+            return moved(torch.as_tensor(values.reshape(len(positions), -1)), self.device)
 
         return Batch(
             obs_prev=stack(0),
@@ -177,37 +213,50 @@ class ReplayBuffer:
             not_done=floats(self._not_dones[slots]),
         )
 
-    def save(self, folder):
-        """Write what came since the last `save` to <folder>/<first>_<last>.npz, for `load`.
+    def open_journal(self, folder):
+        """From now on write what comes in to `folder` as well."""
+        self._journal = journal.Journal(folder, self._frame_shape, self._dtype, self._actions.shape[1])
 
-        The newest frame is left to the next chunk while its transition is still missing.
+    def commit(self):
+        """Bring the journal to the disk: {file name: (bytes, sha256)} of all that this buffer could be read from."""
+        return self._journal.commit(self._oldest)
+
+    def state_dict(self):
+        """What the journal does not hold."""
+        return {"rng": self._rng.bit_generator.state, "stream": self._stream}
+
+    def load_state_dict(self, state):
+        """Restore what `state_dict` gave; after `read`."""
+        if state["stream"] != self._stream:
+            raise ValueError(f"the journal has {self._stream} frames and the checkpoint {state['stream']}")
+        self._rng.bit_generator.state = state["rng"]
+
+    def read(self, folder, files=None):
+        """Take in the stream that a journal wrote to `folder`; see `journal.read`. What was here before is gone."""
+        begun, self._journal, self._stream = self._journal, None, 0
+        for position, frame, age, action, reward, terminated in journal.read(folder, files):
+            if self._stream == 0:
+                self._start = self._stream = position
+            if age == 0:
+                self.begin_episode(frame)
+            else:
+                self.add(action, reward, frame, terminated)
+        self._journal = begun
+        if begun and files:
+            begun.resume(files)
+
+    @classmethod
+    def load(cls, run, device="cpu"):
+        """The replay of the run in folder `run`, which is not finished or was made with --keep_checkpoint.
+
+        Raises:
+            ConfigError: the folder holds no run. FileNotFoundError: it holds no replay.
         """
-        first, last = max(self._saved, self._oldest), self._stream - 1
-        if first >= last:
-            return
-        slots = np.arange(first, last) % self.slots
-        np.savez(
-            pathlib.Path(folder) / f"{first:09d}_{last:09d}.npz",
-            frames=self._frames[torch.as_tensor(slots)].cpu().numpy(),
-            actions=self._actions[slots],
-            rewards=self._rewards[slots],
-            not_dones=self._not_dones[slots],
-            ages=self._ages[slots],
-            finals=self._finals[slots],
-        )
-        self._saved = last
-
-    def load(self, folder):
-        """Fill an empty buffer with the chunks that `save` wrote to `folder`, in their order."""
-        for chunk in sorted(pathlib.Path(folder).glob("*_*.npz")):
-            arrays = np.load(chunk)
-            first, last = map(int, chunk.stem.split("_"))
-            if first != self._stream:  # what lay between was overwritten before it was saved
-                self._first = first
-            for name in ("frames", "actions", "rewards", "not_dones", "ages", "finals"):
-                values = arrays[name][-self.slots :]
-                slots = np.arange(last - len(values), last) % self.slots
-                store = getattr(self, f"_{name}")
-                store[slots] = torch.as_tensor(values, device=store.device) if name == "frames" else values
-            self._stream = self._saved = last
-        self._finals[(self._stream - 1) % self.slots] = True  # the frame after it is in no chunk (yet)
+        folder = pathlib.Path(run) / CHECKPOINT
+        header = journal.header_of(folder)
+        config = load_config(run)
+        shape = (header["frame_shape"][0] * config.frame_stack, *header["frame_shape"][1:])
+        space = gymnasium.spaces.Box(0, 255, shape, np.dtype(header["dtype"]))
+        replay = cls(config, space, header["action_dim"], torch.device(device))
+        replay.read(folder)
+        return replay

@@ -129,6 +129,11 @@ class SAC(nn.Module):
         if config.compile:
             self._compile()
 
+    @property
+    def optimizers(self):
+        """{name: optimizer} of all there are; with the networks they are the agent's whole state."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.optim.Optimizer)}
+
     def _compile(self):
         """torch.compile every network, with CUDA graphs where there is CUDA."""
         mode = "reduce-overhead" if self.device.type == "cuda" else None

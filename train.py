@@ -3,46 +3,66 @@
     python train.py                                              cartpole swingup with the published settings
     python train.py --domain_name walker --task_name walk        another task; its action repeat is looked up
     python train.py --omega_cody_loss 0.01 --seed 3 --save_tb    weight of the KL term, seed, TensorBoard
+    python train.py --run_dir runs/a                             begin there, or go on with what was begun there
 
 `python train.py --help` lists every flag. A run writes <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/:
-args.json, train.log, eval.log and, as asked for, tb/, video/, model/, buffer/.
+args.json, run.json, train.log, eval.log, checkpoint/ and, as asked for, tb/, video/, model/.
 """
 
+import signals
+
+if __name__ == "__main__":
+    signals.listen()  # before the seconds that the other imports take
+
 import dataclasses
-import importlib.metadata
-import json
 import os
-import pathlib
 import shutil
-import sys
 import time
 
 import torch
 
 import dmc2gym
 from agent import make_agent
-from checkpoint import save_model
-from config import ConfigError, exit_with, parse
+from checkpoint import Checkpoints, save_model
+from config import ConfigError, exit_with, leave
 from env_worker import open_env, open_eval_envs
 from evaluate import choose_device, eval_seed, evaluate, summary
 from logger import Logger, prepare_console
 from machine import bf16_time_ratio, keep_freed_memory, limit_threads
 from replay_buffer import ReplayBuffer
-from utils import git_commit, seed_everything
+from run_folder import CHECKPOINT, DIVERGED, Over, RunFolder, parse_run
+from utils import GlobalRandomness, provenance, seed_everything
 from video import save_video
 
 
-def train(config, env, eval_envs, replay, agent, logger, folder):
-    """The training loop: config.num_train_steps decisions, one update each from init_steps on."""
-    episode = 0
-    obs = env.reset()
-    replay.begin_episode(obs)
-    episode_reward = 0.0
+@dataclasses.dataclass
+class Progress:
+    """Where the loop stands between two decisions."""
 
-    for step in range(config.num_train_steps):
+    step: int = 0
+    episode: int = 0
+    episode_reward: float = 0.0
+    evaluated: int = -1  # step of the last evaluation
+
+    def state_dict(self):
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+def train(config, folder, env, eval_envs, replay, agent, logger, progress, checkpoints):
+    """The training loop: config.num_train_steps decisions, one update each from init_steps on."""
+    obs = env.obs
+
+    for step in range(progress.step, config.num_train_steps):
         # try to evaluate
         if step % config.eval_freq == 0:
-            run_evaluation(config, eval_envs, replay, agent, logger, folder, step, episode)
+            run_evaluation(config, folder, eval_envs, agent, logger, progress, checkpoints)
+
+        # stop the run where it can be saved, or just save it
+        check(env, eval_envs, replay)
+        checkpoints.save_if_due()
 
         # choose an action
         if step < config.init_steps:
@@ -67,89 +87,52 @@ def train(config, env, eval_envs, replay, agent, logger, folder):
         # end the env step
         obs, reward, terminated, truncated = env.finish()
         if obs is None:  # the physics has diverged: the episode ends without this transition
-            logger.physics_error(step + 1, episode)
+            logger.physics_error(step + 1, progress.episode)
         else:
             replay.add(action, reward, obs, terminated)
-            episode_reward += reward
-        logger.progress(step + 1)
+            progress.episode_reward += float(reward)
 
         # end of episode
         if terminated or truncated:
-            logger.train_row(step + 1, episode=episode, episode_reward=episode_reward)
-            episode += 1
+            logger.train_row(step + 1, episode=progress.episode, episode_reward=progress.episode_reward)
+            progress.episode += 1
+            progress.episode_reward = 0.0
             obs = env.reset()
             replay.begin_episode(obs)
-            episode_reward = 0.0
 
-    run_evaluation(config, eval_envs, replay, agent, logger, folder, config.num_train_steps, episode)
+        progress.step = step + 1
+        logger.progress(progress.step)
+        folder.report(step=progress.step)
+
+    run_evaluation(config, folder, eval_envs, agent, logger, progress, checkpoints)
 
 
-def run_evaluation(config, eval_envs, replay, agent, logger, folder, step, episode):
-    """Evaluate the policy after `step` decisions and save what the flags ask for."""
-    start = time.time()
+def run_evaluation(config, folder, eval_envs, agent, logger, progress, checkpoints):
+    """Evaluate the policy, unless that was done before the run was ended here, and save what the flags ask for."""
+    step = progress.step
+    if progress.evaluated == step:
+        return
+    start = time.monotonic()
     seed, film = eval_seed(config), config.save_video
-    returns, frames = evaluate(eval_envs, agent, config.num_eval_episodes, seed, film, logger.message)
-    logger.eval_row(step, episode=episode, **summary(returns), returns=returns, duration=time.time() - start)
+    returns, frames = evaluate(
+        eval_envs, agent, config.num_eval_episodes, seed, film, logger.message, check=signals.check
+    )
+    duration = time.monotonic() - start
+    logger.eval_row(step, episode=progress.episode, **summary(returns), returns=returns, duration=duration)
     if frames:
-        save_video(folder / "video" / f"{step}.mp4", frames, eval_envs[0].metadata["render_fps"])
+        save_video(folder.path / "video" / f"{step}.mp4", frames, eval_envs[0].metadata["render_fps"])
     if config.save_model:
-        save_model(agent, folder / "model", step)
-    if config.save_buffer:
-        replay.save(folder / "buffer")
+        save_model(agent, folder.path / "model", step)
+    progress.evaluated = step
+    checkpoints.save_if_due(evaluated=True)
 
 
-def check_work_dir(work_dir):
-    """Raise `ConfigError` if a run folder cannot be made below `work_dir`; creates nothing."""
-    path = pathlib.Path(work_dir).absolute()
-    existing = next(p for p in [path, *path.parents] if os.path.lexists(p))
-    if not existing.is_dir():
-        raise ConfigError(f"--work_dir {work_dir}: {existing} is not a folder")
-    longest = os.pathconf(existing, "PC_NAME_MAX")
-    if any(len(os.fsencode(part)) > longest for part in path.parts):
-        raise ConfigError(f"--work_dir {work_dir[:60]}...: no name in it may be longer than {longest} bytes")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"--work_dir {work_dir}: {existing} is not writable")
-
-
-def make_run_folder(config, device):
-    """A new folder <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/ with its args.json, numbered if it is there."""
-    parent = pathlib.Path(config.work_dir) / f"{config.domain_name}-{config.task_name}"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # what check_work_dir cannot see, such as a file system that takes no folders
-        raise ConfigError(f"--work_dir {config.work_dir}: {error}") from None
-    name = f"{config.agent}-{time.strftime('%Y%m%d-%H%M%S')}-s{config.seed}"
-    number = 1
-    while True:
-        folder = parent / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:  # another run of the same sweep, in the same second
-            number += 1
-    for part, wanted in {"video": config.save_video, "model": config.save_model, "buffer": config.save_buffer}.items():
-        if wanted:
-            (folder / part).mkdir()
-    try:
-        (folder / "args.json").write_text(json.dumps(provenance(config, device), indent=2) + "\n")
-    except OSError:
-        shutil.rmtree(folder)
-        raise
-    return folder
-
-
-def provenance(config, device):
-    """What args.json holds: every flag, and what the run was made with."""
-    packages = ("torch", "mujoco", "dm_control", "gymnasium", "numpy")
-    return {
-        **dataclasses.asdict(config),
-        "command": sys.argv,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "python": sys.version.split()[0],
-        "device_used": str(device),
-        "mujoco_gl": os.environ.get("MUJOCO_GL"),
-        "git_commit": git_commit(),
-    }
+def check(env, eval_envs, replay):
+    """Raise `signals.Stopped` if the run has to stop between these two decisions."""
+    signals.check()
+    for each in (env, *eval_envs):
+        each.check()
+    replay.check_memory()
 
 
 def check_machine(config, device):
@@ -159,7 +142,6 @@ def check_machine(config, device):
     variable, compiler = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
     if config.compile and not shutil.which(os.environ.get(variable, compiler)):
         raise ConfigError(f"--compile: needs a compiler and finds none; install {compiler}")
-    check_work_dir(config.work_dir)
 
 
 def build(config, device):
@@ -185,46 +167,83 @@ def describe(config, device, replay):
     threads = torch.get_num_threads()
     return (
         f"seed {config.seed}, on {device} with {threads} thread{'s' if threads > 1 else ''} in {config.precision}, "
-        f"{sees}, replay of {replay.nbytes / 1e9:.2f} GB"
+        f"{sees}, {replay.description}"
     )
 
 
-def run():
-    """Check, build, train. Bad input: one line, exit code 2, nothing created."""
-    keep_freed_memory()
-    limit_threads()
-    try:
-        config = parse()
-        device = choose_device(config.device)
-        check_machine(config, device)
-        env, eval_envs, replay, agent = build(config, device)
-        folder = make_run_folder(config, device)
-        logger = Logger(folder, config)
-    except (ConfigError, dmc2gym.EnvError, MemoryError, OSError) as error:
-        exit_with(error)
+def finish(config, folder, agent, progress, checkpoints):
+    """The run is over: keep its networks, and the rest only if --keep_checkpoint asks for that."""
+    save_model(agent, folder.path / "model", progress.step)
+    if config.keep_checkpoint:
+        checkpoints.save()
+    folder.report(state="finished", step=progress.step)
+    if not config.keep_checkpoint:
+        checkpoints.free()
 
-    logger.message(f"{folder}: {describe(config, device, replay)}")
+
+def prepare():
+    """Check, build and restore everything that `train` needs. Bad input: one line, exit code 2, nothing created."""
+    config, continues = parse_run()
+    device = choose_device(config.device)
+    check_machine(config, device)
+    env, eval_envs, replay, agent = build(config, device)
+    signals.check()
+    folder = RunFolder(config, continues)
+    logger, progress = Logger(folder.path, config), Progress()
+    parts = {"progress": progress, "agent": agent, **agent.optimizers, "replay": replay, "env": env, "logger": logger}
+    parts["randomness"] = GlobalRandomness()
+    made_with = provenance(device)
+    if not continues:
+        folder.begin(0, made_with)
+    checkpoints = Checkpoints(folder.path, parts, config.checkpoint_minutes, made_with, logger.message)
+    replay.open_journal(folder.path / CHECKPOINT)
+    if not checkpoints.load():
+        logger.cut_logs({})  # of a run that was ended before its first checkpoint
+        replay.begin_episode(env.reset())
+    if continues:
+        folder.begin(progress.step, made_with)
+    on = f"goes on at step {progress.step}, " if continues else ""
+    logger.message(f"{folder}: {on}{describe(config, device, replay)}")
     if config.precision == "bf16" and device.type == "cpu" and (ratio := bf16_time_ratio()) >= 1:
         logger.message(
             f"warning: --precision bf16: a convolution takes {ratio:.2f} times as long in it as in fp32 here"
         )
-    try:
-        train(config, env, eval_envs, replay, agent, logger, folder)
-    except FloatingPointError as error:
-        sys.exit(f"{folder}: stopped: {logger.explain(error)}")
-    except (dmc2gym.EnvError, OSError) as error:  # a full disk too
-        sys.exit(f"{folder}: stopped: {error}")
-    finally:
-        logger.close()
+    return config, folder, env, eval_envs, replay, agent, logger, progress, checkpoints
 
 
 def main():
-    """The command: `run`; Ctrl-C ends it with exit code 130."""
+    """The command: exit code 0 finished, 1 failed, 2 refused, 3 diverged, 75 and 130 stopped by a signal."""
     prepare_console()
+    keep_freed_memory()
+    limit_threads()
     try:
-        run()
-    except KeyboardInterrupt:
-        sys.exit(130)
+        run = prepare()
+    except Over as over:
+        leave(str(over), over.code)
+    except signals.Stopped as stop:
+        leave(f"train.py: stopped before it began: {stop}", stop.code)
+    except (ConfigError, dmc2gym.EnvError, MemoryError, OSError) as error:
+        exit_with(error)
+
+    config, folder, _, _, _, agent, logger, progress, checkpoints = run
+    try:
+        try:
+            train(*run)
+        except signals.Stopped:
+            checkpoints.save()
+            raise
+        finish(config, folder, agent, progress, checkpoints)
+        return
+    except signals.Stopped as stop:
+        state, code, why = "stopped", stop.code, f"{stop}; --run_dir {folder} goes on at step {progress.step}"
+    except FloatingPointError as error:
+        state, code, why = "diverged", DIVERGED, logger.explain(error)
+    except (dmc2gym.EnvError, OSError) as error:  # a full disk too
+        state, code, why = "stopped", 1, error
+    finally:
+        logger.close()
+    folder.report(state=state, step=progress.step, message=f"{folder}: stopped: {why}")
+    leave(f"{folder}: stopped: {why}", code)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
-"""Small tools of no file in particular: seeds, weight initialisation, soft update, MLPs."""
+"""Small tools of no file in particular: seeds, provenance, weight initialisation, soft update, MLPs."""
 
+import importlib.metadata
+import os
 import pathlib
 import random
 import subprocess
+import sys
 
 import numpy as np
 import torch
 from torch import nn
+
+import dmc2gym
+from signals import kept_from_children
 
 
 def seed_everything(seed):
@@ -16,17 +22,57 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+class GlobalRandomness:
+    """The generators that `seed_everything` seeds, as a part of a checkpoint."""
+
+    def state_dict(self):
+        kind, keys, *rest = np.random.get_state()
+        return {
+            "python": random.getstate(),
+            "numpy": [kind, keys.tolist(), *rest],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state):
+        random.setstate(state["python"])
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+
 def git_commit():
     """Commit hash of the code, "+" appended if tracked files differ from it; None outside a git checkout."""
 
     def git(*args):
         here = pathlib.Path(__file__).resolve().parent
-        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout.strip()
+        with kept_from_children():
+            done = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def provenance(device):
+    """What this process computes with, for args.json; results are bit for bit the same only where all of it is."""
+    packages = ("torch", "mujoco", "dm_control", "gymnasium", "numpy")
+    cuda = device.type == "cuda"
+    backend = os.environ.get("MUJOCO_GL")
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "python": sys.version.split()[0],
+        "device_used": str(device),
+        "processor": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "mujoco_gl": backend,
+        "renderer": dmc2gym.renderer(backend),
+        "git_commit": git_commit(),
+    }
 
 
 def mlp(input_dim, hidden_dim, output_dim, hidden_layers):

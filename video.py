@@ -8,6 +8,8 @@ import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
 
+from signals import kept_from_children
+
 
 def save_video(path, frames, fps):
     """Write frames, each (H, W, 3) uint8 with H and W multiples of 16, as an H.264 mp4.
@@ -18,11 +20,14 @@ def save_video(path, frames, fps):
         OSError: it cannot be written, as on a full disk.
     """
     path = pathlib.Path(path)
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp.mp4")
     try:
-        iio.imwrite(temporary, np.stack(frames), plugin="FFMPEG", fps=fps, codec="libx264", ffmpeg_log_level="quiet")
-        if imageio_ffmpeg.count_frames_and_secs(temporary)[0] != len(frames):  # ffmpeg fails without a word
-            raise OSError("incomplete")
+        with kept_from_children():
+            stack = np.stack(frames)
+            iio.imwrite(temporary, stack, plugin="FFMPEG", fps=fps, codec="libx264", ffmpeg_log_level="quiet")
+            if imageio_ffmpeg.count_frames_and_secs(temporary)[0] != len(frames):  # ffmpeg fails without a word
+                raise OSError("incomplete")
         os.replace(temporary, path)
     except (OSError, RuntimeError):
         temporary.unlink(missing_ok=True)

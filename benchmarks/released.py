@@ -21,7 +21,7 @@ import numpy as np
 import throughput
 import torch
 import tyro
-from throughput import REPLAY, in_own_process, median_seconds, random_frames, random_replay
+from throughput import REPLAY, full_replay, in_own_process, median_seconds, random_frames
 from torch import nn
 
 from agent import make_agent
@@ -93,7 +93,7 @@ def released_update(config, directory):
 
 def our_update(config):
     """The project's, as train.py runs it."""
-    agent, replay = make_agent(config, (9, 84, 84), 1, CPU), random_replay(config, 1, CPU)
+    agent, replay = make_agent(config, (9, 84, 84), 1, CPU), full_replay(config, random_frames((9, 84, 84)), 1, CPU)
     return lambda index: agent.update(agent.augment(replay.sample(config.batch_size)), index)
 
 

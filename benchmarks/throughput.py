@@ -4,8 +4,9 @@
     python benchmarks/throughput.py --rows="--agent cody_sac, --agent sac" --batch_sizes 512 --flags="--frame_stack 4"
 
 Every row is measured in a process of its own, so that no row inherits another's memory. Times are medians over pairs
-of updates (every second one steps actor and targets), sampling and augmentation included, on random frames. `ratio` is
-the row's time over that of the first row with this batch size. FLOPs are counted by torch's FlopCounterMode; `of peak`
+of updates (every second one steps actor and targets), sampling and augmentation included, on frames of one random
+episode. `ratio` is the row's time over that of the first row with this batch size, `sample` and `augment` the shares
+of `ReplayBuffer.sample` and `SAC.augment` in the row's time. FLOPs are counted by torch's FlopCounterMode; `of peak`
 is the time that they would take at the highest rate of their dtype that this run has seen, in products, convolutions
 or updates, over the time that they took. `decisions/s` are whole decisions on real pixels, the environment in its
 worker: act, environment step, store, sample, augment, update. `GB` is the process's own peak.
@@ -81,16 +82,26 @@ def random_frames(shape):
     return np.random.default_rng(0).integers(0, 256, (64, *shape), np.uint8)
 
 
-def random_replay(config, actions, device):
-    """A full replay of noise."""
-    size = config.image_size
-    space = gymnasium.spaces.Box(0, 255, (3 * config.frame_stack, size, size), np.uint8)
+def frames_of_an_episode(env):
+    """The first 64 observations of a random episode, or fewer."""
+    frames, over = [env.reset()], False
+    while not over and len(frames) < 64:
+        env.start(env.action_space.sample())
+        obs, _, terminated, truncated = env.finish()
+        over = terminated or truncated
+        frames.append(obs)
+    return np.stack(frames)
+
+
+def full_replay(config, frames, actions, device):
+    """A full replay of these observations (64 or fewer, C, H, W), again and again."""
+    space = gymnasium.spaces.Box(0, 255, frames.shape[1:], np.uint8)
     replay = ReplayBuffer(config, space, actions, device)
-    frames = random_frames(space.shape)
+    n = len(frames)
     for i in range(REPLAY):
         if i % config.max_episode_steps == 0:
-            replay.begin_episode(frames[i % 64])
-        replay.add(np.random.rand(actions) * 2 - 1, np.random.rand(), frames[(i + 1) % 64], False)
+            replay.begin_episode(frames[i % n])
+        replay.add(np.random.rand(actions) * 2 - 1, np.random.rand(), frames[(i + 1) % n], False)
     return replay
 
 
@@ -134,14 +145,17 @@ def measure(config, updates, decisions):
     actions = env.action_space.shape[0]
     peaks = rates(device, {"fp32", config.precision})  # bf16 takes minutes where a CPU lacks it
     agent = make_agent(config, (3 * config.frame_stack, config.image_size, config.image_size), actions, device)
-    replay = random_replay(config, actions, device)
-    index, sampling = 0, []
+    replay = full_replay(config, frames_of_an_episode(env), actions, device)
+    index, sampling, augmenting = 0, [], []
 
     def update():
         nonlocal index
         start = now(device)
-        batch = agent.augment(replay.sample(config.batch_size))
-        sampling.append(now(device) - start)
+        batch = replay.sample(config.batch_size)
+        sampled = now(device)
+        batch = agent.augment(batch)
+        sampling.append(sampled - start)
+        augmenting.append(now(device) - sampled)
         agent.update(batch, index)
         index += 1
 
@@ -161,7 +175,8 @@ def measure(config, updates, decisions):
     cuda = device.type == "cuda"
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "seconds": seconds, "sampling": statistics.median(sampling) / seconds, "flops": flops, "peaks": peaks,
+        "seconds": seconds, "flops": flops, "peaks": peaks,
+        "sample": statistics.median(sampling) / seconds, "augment": statistics.median(augmenting) / seconds,
         "decisions_per_s": per_s, "memory": memory, "bytes_per_transition": replay.nbytes / REPLAY,
     }  # fmt: skip
 
@@ -200,14 +215,15 @@ def print_table(rows, results):
     """One line a row."""
     best, first = highest_rates(results), {}
     width = max(len(name) for name, _ in rows) + 2
-    titles = ("batch", "ms", "ratio", "sampling", "decisions/s", "GFLOP", "of peak", "GB", "KB/transition")
+    titles = ("batch", "ms", "ratio", "sample", "augment", "decisions/s", "GFLOP", "of peak", "GB", "KB/transition")
     print("\n" + " " * width + "".join(f"{title:>14}" for title in titles))
     for (name, config), row in zip(rows, results, strict=True):
         baseline = first.setdefault(config.batch_size, row)
         ideal = sum(row["flops"][dtype] / best[dtype] for dtype in DTYPES)
         cells = (
             f"{config.batch_size}", f"{1e3 * row['seconds']:.1f}", f"{row['seconds'] / baseline['seconds']:.2f}",
-            f"{row['sampling']:.1%}", f"{row['decisions_per_s']:.2f}", f"{sum(row['flops'].values()) / 1e9:.1f}",
+            f"{row['sample']:.1%}", f"{row['augment']:.1%}",
+            f"{row['decisions_per_s']:.2f}", f"{sum(row['flops'].values()) / 1e9:.1f}",
             f"{ideal / row['seconds']:.0%}", f"{row['memory'] / 1e9:.2f}", f"{row['bytes_per_transition'] / 1e3:.1f}",
         )  # fmt: skip
         print(f"{name:{width}}" + "".join(f"{cell:>14}" for cell in cells))

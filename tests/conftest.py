@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from agent import make_agent
 from config import Config, complete, parse
 from replay_buffer import Batch, ReplayBuffer
@@ -25,6 +26,15 @@ def make_replay(capacity, frame_shape, action_dim, frame_stack=3, episode_steps=
     pixels = len(shape) == 3
     space = gymnasium.spaces.Box(0, 255, shape, np.uint8 if pixels else np.float32)
     return ReplayBuffer(config, space, action_dim, torch.device(device))
+
+
+def run_loop(config, env, eval_env, replay, agent, logger):
+    """The training loop of train.py around these parts, without a folder."""
+    env.check = eval_env.check = replay.check_memory = lambda: None
+    folder = types.SimpleNamespace(report=lambda **word: None)
+    checkpoints = types.SimpleNamespace(save_if_due=lambda evaluated=False: None)
+    replay.begin_episode(env.reset())
+    train.train(config, folder, env, [eval_env], replay, agent, logger, train.Progress(), checkpoints)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ PUBLISHED_FLAGS = """domain_name task_name action_repeat num_train_steps work_di
     pre_transform_image_size image_size frame_stack replay_buffer_capacity agent init_steps batch_size hidden_dim
     eval_freq num_eval_episodes critic_lr critic_beta critic_tau critic_target_update_freq actor_lr actor_beta
     actor_log_std_min actor_log_std_max actor_update_freq encoder_type encoder_feature_dim encoder_lr encoder_tau
-    num_layers num_filters discount init_temperature alpha_lr alpha_beta seed save_tb save_buffer save_video
+    num_layers num_filters discount init_temperature alpha_lr alpha_beta seed save_tb save_video
     save_model detach_encoder log_interval""".split()
 
 

@@ -11,9 +11,8 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from conftest import make_replay
+from conftest import make_replay, run_loop
 
-import train
 from config import parse
 from dmc2gym import CAMERAS, EnvError, make
 from env_worker import PHYSICS_ERRORS, SerialEnv, WorkerEnv
@@ -60,7 +59,7 @@ def test_diverged_physics_ends_the_episode(tmp_path, capsys):
     env = Exploding(config, 0)
     env.action_space.seed(0)
     replay = make_replay(50, (5,), 1, frame_stack=1)
-    train.train(config, env, [Exploding(config, 1)], replay, Agent(env.action_space), Logger(tmp_path, config), None)
+    run_loop(config, env, Exploding(config, 1), replay, Agent(env.action_space), Logger(tmp_path, config))
     rows = [json.loads(line) for line in (tmp_path / "train.log").read_text().splitlines()]
     # episodes of 5 and 10 decisions in turn
     assert [(row["step"], row["physics_errors"]) for row in rows] == [(5, 1), (15, 1), (20, 2), (30, 2)]

@@ -10,8 +10,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 FILES = {path.stem: path for path in ROOT.glob("*.py")}
 # a file imports only from floors below its own
 FLOORS = [
-    {"augment", "config", "dmc2gym", "logger", "machine", "utils", "video"},
-    {"replay_buffer", "encoder", "checkpoint", "env_worker"},
+    {"augment", "config", "frames", "logger", "machine", "signals"},
+    {"dmc2gym", "journal", "run_folder", "video"},
+    {"env_worker", "utils"},
+    {"encoder"},
+    {"checkpoint", "replay_buffer"},
     {"sac", "cody", "decoder"},
     {"agent"},
     {"evaluate"},

@@ -1,9 +1,14 @@
 """The single-frame replay against a plain buffer that stores every stacked observation."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_replay
+
+import journal
+from frames import pack, unpack
 
 FRAME = (3, 6, 5)
 
@@ -148,45 +153,110 @@ def test_memory_per_transition_and_honest_allocation():
         make_replay(1_000_000_000, (3, 84, 84), 1)
 
 
-@pytest.mark.parametrize("capacity", [1000, 40])
-def test_saved_chunks_load_back(tmp_path, capacity):
-    replay, plain = make(capacity=capacity), Plain()
-    stream(replay, plain, [10, 4], 3)
-    replay.save(tmp_path)
-    obs = np.full((9, 6, 5), 7, np.uint8)
-    replay.begin_episode(obs)
-    for i in range(20):
-        replay.add(np.full(2, i), i, obs + i, False)
-    replay.save(tmp_path)
-    replay.save(tmp_path)  # nothing new
-    assert len(list(tmp_path.iterdir())) == 2
-    other = make(capacity=capacity)
-    other.load(tmp_path)
-    legal = other.legal_positions()
-    # all but the last transition, whose next frame is still to be saved
-    assert legal.tolist() == replay.legal_positions()[:-1].tolist()
-    for a, b in zip(replay.gather(legal)[:7], other.gather(legal)[:7], strict=True):
+def random_lengths(seed):
+    """Of episodes, many of them short."""
+    rng = np.random.default_rng(seed)
+    return [int(n) for n in np.minimum(rng.geometric(0.15, rng.integers(5, 40)), 10)]
+
+
+def assert_same_content(ours, theirs):
+    legal = theirs.legal_positions()
+    assert ours.legal_positions().tolist() == legal.tolist() and len(legal)
+    for a, b in zip(ours.gather(legal)[:7], theirs.gather(legal)[:7], strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_gap_between_saved_chunks_is_not_bridged(tmp_path):
-    """More frames than slots between two saves: what was overwritten unsaved is not sampled as if it were there."""
-    for gap in range(1, 60):
-        folder = tmp_path / str(gap)
+@pytest.mark.parametrize("seed", range(12))
+def test_packed_frames_are_the_raw_ones(seed):
+    """Noise, which does not compress, and a scene that does; lengths, ends and wrap-around as they come."""
+    raw, packed = (make_replay(40, FRAME, 2, seed=seed, replay_storage=kind) for kind in ("raw", "lz4"))
+    obs = np.full((9, *FRAME[1:]), 200, np.uint8)
+    for replay in (raw, packed):
+        stream(replay, Plain(), random_lengths(seed), 3, seed)
+        replay.begin_episode(obs)
+    assert_same_content(packed, raw)
+    for i in range(9):
+        obs = obs.copy()
+        obs[:, i % 6, i % 5] += 100  # past 255
+        for replay in (raw, packed):
+            replay.add(np.zeros(2), 0.0, obs, False)
+        assert_same_content(packed, raw)
+    assert all(torch.equal(a, b) for a, b in zip(raw.sample(64)[:7], packed.sample(64)[:7], strict=True))
+
+
+def test_packed_states_are_the_raw_ones():
+    raw, packed = (make_replay(40, (5,), 2, replay_storage=kind) for kind in ("raw", "lz4"))
+    rng = np.random.default_rng(0)
+    for i in range(90):
+        obs = rng.standard_normal(15).astype(np.float32)
+        for replay in (raw, packed):
+            replay.add(np.zeros(2), 0.0, obs, False) if i % 10 else replay.begin_episode(obs)
+    assert_same_content(packed, raw)
+
+
+def test_noise_takes_no_more_than_its_own_bytes():
+    frame, first = np.random.default_rng(0).integers(0, 256, (2, 3, 84, 84), np.uint8)
+    assert len(pack(frame, first)) == frame.nbytes and len(pack(first, first)) < 200
+    out = np.empty_like(frame)
+    unpack(pack(frame, first), first, out)
+    assert np.array_equal(out, frame)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", ["raw", "lz4"])
+def test_what_is_read_from_the_journal(tmp_path, monkeypatch, seed, kind):
+    """At any moment, in short segments of which the old ones go: the same pairs, and the same draws."""
+    monkeypatch.setattr(journal, "SEGMENT_BYTES", 500)
+    replay, plain = make_replay(40, FRAME, 2, seed=seed, replay_storage=kind), Plain()
+    replay.open_journal(tmp_path)
+    for lengths in (random_lengths(seed), [4, 3], random_lengths(seed + 100)):
+        stream(replay, plain, lengths, 3, seed)
+        files = replay.commit()
+        for name, (size, expected) in files.items():
+            data = (tmp_path / name).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (size, expected)
+        for path in tmp_path.iterdir():
+            if path.name not in files:
+                path.unlink()
+        other = make_replay(40, FRAME, 2, seed=seed)
+        other.read(tmp_path, files)
+        other.load_state_dict(replay.state_dict())
+        assert_same_content(other, replay)
+        assert torch.equal(other.sample(64).obs, replay.sample(64).obs)
+    assert 2 <= len(files) <= 8
+
+
+def test_the_journal_goes_on_behind_a_checkpoint(tmp_path, monkeypatch):
+    """What was written after it is cut: bytes of its last segment, and segments."""
+    monkeypatch.setattr(journal, "SEGMENT_BYTES", 1500)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
         folder.mkdir()
-        replay, everything = make(capacity=12), make(capacity=1000)
-        for buffer in (replay, everything):
-            stream(buffer, Plain(), [5], 3)
-            if buffer is replay:
-                buffer.save(folder)
-            obs = np.zeros((9, 6, 5), np.uint8)
-            buffer.begin_episode(obs)
-            for i in range(gap):
-                buffer.add(np.full(2, i), i, obs + i + 1, False)
-        replay.save(folder)
-        other = make(capacity=12)
-        other.load(folder)
-        legal = other.legal_positions()
-        assert len(legal) >= min(gap - 2, 12 - 3)
-        for a, b in zip(everything.gather(legal)[:7], other.gather(legal)[:7], strict=True):
-            assert torch.equal(a, b)
+        replay = make(capacity=1000)
+        replay.open_journal(folder)
+        stream(replay, Plain(), [10, 10, 3], 3, seed=1)
+        files = replay.commit()
+        if folder is broken:
+            stream(replay, Plain(), [10] * 4, 3, seed=2)  # lost
+            replay.commit()
+            replay = make(capacity=1000)
+            replay.open_journal(folder)
+            replay.read(folder, files)
+        stream(replay, Plain(), [10] * 4, 3, seed=3)
+        files = replay.commit()
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in broken.iterdir()}
+    assert files.keys() == {p.name for p in whole.iterdir()} and len(files) == 4
+
+
+def test_a_journal_that_ends_in_the_middle_of_a_record(tmp_path):
+    replay = make(capacity=1000)
+    replay.open_journal(tmp_path)
+    stream(replay, Plain(), [10], 3)
+    replay.commit()
+    (path,) = tmp_path.iterdir()
+    data = path.read_bytes()
+    for missing in (1, 50, 100, 120):
+        path.write_bytes(data[:-missing])
+        other = make(capacity=1000)
+        other.read(tmp_path)
+        assert len(other.legal_positions()) == 8 - (missing >= 119)

@@ -20,14 +20,16 @@ import imageio.v3 as iio
 import psutil
 import pytest
 import torch
-from conftest import make_replay
+from conftest import make_replay, run_loop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
+import journal
 import train
-from checkpoint import load_config
 from config import parse
 from logger import Logger, prepare_console
+from replay_buffer import ReplayBuffer
+from run_folder import RunFolder, load_config
 from video import save_video
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -62,7 +64,7 @@ def only_run(work_dir):
 def trained(tmp_path_factory):
     """One finished run with everything saved, and what it printed."""
     work_dir = tmp_path_factory.mktemp("trained")
-    result = run(f"{WORKERS} --save_tb --save_video --save_model --save_buffer", work_dir)
+    result = run(f"{WORKERS} --save_tb --save_video --save_model --keep_checkpoint", work_dir)
     assert result.returncode == 0, result.stderr
     return only_run(work_dir), result.stdout
 
@@ -71,7 +73,7 @@ def test_what_a_run_writes(trained):
     folder, _ = trained
     assert folder.name.startswith("cody_sac-") and folder.name.endswith("-s3")
     assert sorted(p.name for p in folder.iterdir()) == [
-        "args.json", "buffer", "eval.log", "model", "tb", "train.log", "video",
+        "args.json", "checkpoint", "eval.log", "lock", "model", "run.json", "tb", "train.log", "video",
     ]  # fmt: skip
     args = json.loads((folder / "args.json").read_text())
     assert args["action_repeat"] == 100 and args["critic_lr"] == 1e-3 and args["seed"] == 3
@@ -149,12 +151,17 @@ def test_video_plays(trained):
     assert (frames[0] != frames[-1]).any()
 
 
-def test_saved_buffer_loads(trained):
+def test_the_data_of_a_kept_run(trained):
     folder, _ = trained
-    replay = make_replay(100, (3, 84, 84), 1)
-    replay.load(folder / "buffer")
-    # 36 transitions in episodes of 10, less the first of each and the last, whose next frame came too late
-    assert len(replay.legal_positions()) == 9 * 3 + 4
+    replay = ReplayBuffer.load(folder)
+    # 36 transitions in episodes of 10, less the first of each
+    assert len(replay.legal_positions()) == 9 * 3 + 5
+    batch = replay.sample(32)
+    assert batch.obs.shape == (32, 9, 84, 84) and (batch.obs[:, 3:] != batch.next_obs[:, :-3]).sum() == 0
+    returns = [0.0] * 4
+    for position, _, _, _, reward, _ in journal.read(folder / "checkpoint"):
+        returns[position // 11] += reward
+    assert returns[:3] == pytest.approx([row["episode_reward"] for row in rows(folder, "train.log")])
 
 
 def test_rows_say_how_fast_the_run_is(trained):
@@ -274,7 +281,7 @@ def test_training_on_a_full_disk(tmp_path, monkeypatch, call, name):
 
 
 def test_no_room_for_a_run(tmp_path, monkeypatch, call):
-    monkeypatch.setattr(train, "make_run_folder", on_a_full_disk(train.make_run_folder))
+    monkeypatch.setattr(RunFolder, "begin", on_a_full_disk(RunFolder.begin))
     result = call("train.py", f"{SMALL} --work_dir {tmp_path}")
     assert result.returncode == 2 and result.stderr == "train.py: error: [Errno 27] File too large\n"
     assert list((tmp_path / "cartpole-swingup").iterdir()) == []
@@ -291,17 +298,20 @@ def test_evaluate_on_a_full_disk(trained, tmp_path, monkeypatch, call):
     assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
 
 
-def test_same_seed_same_logs(trained, tmp_path, call):
-    """Byte-identical values, times aside; what is saved beside them does not matter, nor do workers."""
-    folder, _ = trained
-    assert call("train.py", f"{SMALL} --work_dir {tmp_path}").returncode == 0
-    again = only_run(tmp_path)
-    for name in ("train.log", "eval.log"):
-        ours, theirs = rows(folder, name), rows(again, name)
-        for row in ours + theirs:
+def assert_same_logs(ours, theirs):
+    """Byte-identical values, times aside."""
+    for log in ("train.log", "eval.log"):
+        values = [rows(folder, log) for folder in (ours, theirs)]
+        for row in values[0] + values[1]:
             for name in ("duration", "decisions_per_s", "updates_per_s", "wall_seconds"):
                 row.pop(name, None)
-        assert json.dumps(ours) == json.dumps(theirs)
+        assert json.dumps(values[0]) == json.dumps(values[1])
+
+
+def test_same_seed_same_logs(trained, tmp_path, call):
+    """What is saved beside them does not matter, nor do workers or how the replay stores its frames."""
+    assert call("train.py", f"{SMALL} --replay_storage lz4 --work_dir {tmp_path}").returncode == 0
+    assert_same_logs(only_run(tmp_path), trained[0])
 
 
 def test_another_seed_is_another_run(trained, tmp_path, call):
@@ -374,7 +384,7 @@ def test_updates_per_step(monkeypatch):
     replay = make_replay(50, (5,), 1, frame_stack=1)
     logger = Logger(".", config)
     monkeypatch.setattr(logger, "_row", lambda *args: None)
-    train.train(config, env, [eval_env], replay, Agent(), logger, None)
+    run_loop(config, env, eval_env, replay, Agent(), logger)
     assert Agent.indices == list(range(12 * 3, 20 * 3))
 
 
@@ -445,15 +455,15 @@ def test_unwritable_work_dir(tmp_path, call):
 
 
 def test_an_existing_run_is_not_written_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.time, "strftime", lambda _: "now")
+    monkeypatch.setattr(time, "strftime", lambda _: "now")
     config = parse(["--work_dir", str(tmp_path)])
-    names = [train.make_run_folder(config, "cpu").name for _ in range(3)]
+    names = [RunFolder(config, continues=False).path.name for _ in range(3)]
     assert names == ["cody_sac-now-s1", "cody_sac-now-s1-2", "cody_sac-now-s1-3"]
 
 
 def test_a_non_finite_loss_stops_the_run(tmp_path, call):
     result = call("train.py", f"{SMALL} --critic_lr 1e30 --work_dir {tmp_path}")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.returncode == 3 and "Traceback" not in result.stderr
     line = result.stderr.strip().splitlines()[-1]
     folder = only_run(tmp_path)
     assert line.startswith(f"{folder}: stopped: ") and "loss is " in line and " at step 1" in line
@@ -464,7 +474,7 @@ def test_a_non_finite_loss_stops_the_run(tmp_path, call):
 def test_a_policy_that_diverges_between_readings_stops_the_run(tmp_path, call):
     """Not in the physics, and with the loss's name where there is one."""
     result = call("train.py", f"{SMALL} --log_interval 1000 --actor_lr 1e30 --work_dir {tmp_path}")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.returncode == 3 and "Traceback" not in result.stderr
     line = result.stderr.strip().splitlines()[-1]
     assert "stopped: " in line and "at step 1" in line and "last metrics: " in line
 
@@ -516,10 +526,23 @@ def test_readings_count_by_their_updates(tmp_path):
     logger.close()
 
 
-@pytest.mark.parametrize("sent", ["Ctrl-C", "SIGKILL", "SIGKILL to a worker"])
-def test_a_killed_run_leaves_whole_logs_and_no_process(tmp_path, sent):
+STOPPED = "{folder}: stopped: {why}; --run_dir {folder} goes on at step "
+
+
+@pytest.mark.parametrize(
+    "sent, code, line",
+    [
+        ("Ctrl-C", 130, STOPPED.replace("{why}", "SIGINT")),
+        ("SIGTERM to all", 75, STOPPED.replace("{why}", "SIGTERM")),
+        ("SIGKILL", -9, ""),
+        ("SIGKILL to a worker", 1, STOPPED.replace("{why}", "an environment worker has ended with exit code -9")),
+    ],
+)
+def test_a_run_that_is_ended_goes_on(trained, tmp_path, call, sent, code, line):
+    """It leaves no process and whole logs, and comes to the results of the run that nobody has ended."""
+    folder = tmp_path / "run"
     process = subprocess.Popen(
-        command("train.py", WORKERS.replace("36", "100000"), tmp_path),
+        command("train.py", f"{WORKERS} --run_dir {folder}", None),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -530,22 +553,31 @@ def test_a_killed_run_leaves_whole_logs_and_no_process(tmp_path, sent):
         pass
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2  # an environment to train in, and one or more to evaluate in
-    folder = only_run(tmp_path)
     time.sleep(random.random() / 10)  # at any moment of a decision
-    expected = b""
     if sent == "Ctrl-C":
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+    elif sent == "SIGTERM to all":
+        for each in (*children, process):
+            each.terminate()
     elif sent == "SIGKILL":
         process.kill()
     else:
         children[0].kill()
-        assert process.wait(timeout=30) == 1
-        expected = f"{folder}: stopped: an environment worker has ended with exit code -9\n".encode()
+    assert process.wait(timeout=30) == code
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
-    assert process.stderr.read() == expected
-    assert rows(folder, "train.log") and rows(folder, "eval.log")
+    said = process.stderr.read().decode()
+    assert said.startswith(line.format(folder=folder)) and said.count("\n") == (1 if line else 0)
+    word = json.loads((folder / "run.json").read_text())
+    assert word["state"] == ("stopped" if line else "running") and 0 < word["step"] < 36 or not line
+    result = call("train.py", f"--run_dir {folder} --no_env_worker --save_tb")
+    assert result.returncode == 0 and "goes on at step " in result.stdout, result.stderr
+    assert_same_logs(folder, trained[0])
+    assert json.loads((folder / "run.json").read_text())["state"] == "finished"
+    # what it needs no more is gone
+    assert [p.name for p in (folder / "model").iterdir()] == ["36.pt"] and not list((folder / "checkpoint").iterdir())
+    args = json.loads((folder / "args.json").read_text())
+    assert len(args["continued"]) == 1 and args["save_tb"] and not args["env_worker"]
 
 
 def test_shell_sweep(tmp_path):

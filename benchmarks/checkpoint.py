@@ -1,0 +1,127 @@
+"""What a checkpoint costs: time of saving and loading it, share of a run, bytes on disk.
+
+    python benchmarks/checkpoint.py                                          the default networks on cartpole swingup
+    python benchmarks/checkpoint.py --transitions 100000 --flags="--domain_name walker --task_name walk"
+
+Fills a replay with episodes of a random policy, drawn once and repeated up to `--transitions`, then saves after each
+further episode. The share is that of one checkpoint every `--checkpoint_minutes` of the flags, 10 by default; what the
+journal costs between them, packing and writing each frame, is printed beside it.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import psutil  # noqa: E402
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from checkpoint import Checkpoints  # noqa: E402
+from config import ConfigError, exit_with, parse, parse_flags  # noqa: E402
+from dmc2gym import EnvError  # noqa: E402
+from evaluate import choose_device  # noqa: E402
+from machine import keep_freed_memory, limit_threads  # noqa: E402
+from utils import GlobalRandomness, git_commit  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Cost of checkpoints."""
+
+    transitions: int = 10_000
+    """Transitions in the replay."""
+    episodes: int = 2
+    """Episodes that are drawn."""
+    saves: int = 5
+    """Checkpoints whose time is measured."""
+    flags: str = ""
+    """Flags of train.py."""
+
+
+def episode(env):
+    """[(obs, action, reward, terminated)] of a random policy; the first has no action."""
+    rows, over = [(env.reset(), None, 0.0, False)], False
+    while not over:
+        action = env.action_space.sample()
+        env.start(action)
+        obs, reward, terminated, truncated = env.finish()
+        over = terminated or truncated
+        rows.append((obs, action, reward, terminated))
+    return rows
+
+
+def play(replay, rows):
+    """Put the rows of `episode` into the replay; seconds that it took."""
+    start = time.perf_counter()
+    for obs, action, reward, terminated in rows:
+        if action is None:
+            replay.begin_episode(obs)
+        else:
+            replay.add(action, reward, obs, terminated)
+    return time.perf_counter() - start
+
+
+def make(config, folder, device):
+    """(checkpoints, env, replay) of a run that would write to `folder`."""
+    env, _, replay, agent = train.build(config, device)
+    replay.open_journal(folder / "checkpoint")
+    parts = {"agent": agent, **agent.optimizers, "replay": replay, "randomness": GlobalRandomness()}
+    return Checkpoints(folder, parts, config.checkpoint_minutes, {}, print), env, replay
+
+
+def measure(args, config, folder):
+    """Print the figures."""
+    device = choose_device(config.device)
+    checkpoints, env, replay = make(config, folder, device)
+    episodes = [episode(env) for _ in range(args.episodes)]
+    seconds, transitions = 0.0, 0
+    while transitions < args.transitions:
+        rows = episodes[transitions % len(episodes)]
+        seconds += play(replay, rows)
+        transitions += len(rows) - 1
+    saves = []
+    for _ in range(args.saves):
+        start = time.perf_counter()
+        checkpoints.save()
+        saves.append(time.perf_counter() - start)
+        play(replay, episodes[0])
+    start = time.perf_counter()
+    again, _, _ = make(config, folder, device)
+    built = time.perf_counter() - start
+    start = time.perf_counter()
+    again.load()
+    loaded = time.perf_counter() - start
+    sizes = {suffix: sum(p.stat().st_size for p in folder.rglob(f"*{suffix}")) for suffix in (".pt", ".replay")}
+    save, minutes = statistics.median(saves), config.checkpoint_minutes
+    print(f"save {save:.2f} s (the first {saves[0]:.2f} s), {save / (60 * minutes):.2%} of {minutes:g} minutes")
+    print(f"load {loaded:.2f} s, beside {built:.1f} s to build the run")
+    print(f"journal: {seconds / transitions * 1e6:.0f} us a transition, stored and written")
+    print(f"networks and optimizers {sizes['.pt'] / 2e6:.0f} MB, twice")
+    per_transition = sizes[".replay"] / (transitions + args.saves * (len(episodes[0]) - 1))
+    print(f"replay on disk {per_transition / 1e3:.2f} KB a transition, {per_transition / 1e4:.0f} MB per 100,000")
+    print(f"process {psutil.Process().memory_info().rss / 1e9:.2f} GB")
+    print(f"replay in memory {replay.nbytes / transitions / 1e3:.2f} KB a transition ({replay.description})")
+
+
+def main():
+    keep_freed_memory()
+    limit_threads()
+    try:
+        args = parse_flags(Args)
+        config = parse(f"--num_train_steps {args.transitions + 10_000} --no_env_worker {args.flags}".split())
+        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, commit {git_commit()}", flush=True)
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            (pathlib.Path(folder) / "checkpoint").mkdir()
+            measure(args, config, pathlib.Path(folder))
+    except (ConfigError, EnvError) as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""A run's folder: its name, flags, lock and state. train.py writes it, others read it.
+
+args.json    every flag, what the run was made with, and each continuation
+run.json     one small object, whole at any moment: `state` (running, stopped, finished, diverged), `step`, `env_step`,
+             `num_train_steps`, `time` of the last word (seconds since 1970), `host`, `pid`, `message` of its end
+lock         held by the process that writes here
+train.log, eval.log, tb/, video/, model/, checkpoint/
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import socket
+import sys
+import time
+
+import psutil
+
+from config import UNCHANGING, Config, ConfigError, check, complete, parse_flags, show
+
+DIVERGED = 3  # exit code
+CHECKPOINT = "checkpoint"  # the folder's name
+WORDS = 10  # seconds between two steps in run.json
+SILENCE = 1800  # seconds without a word after which a run on a file system without locks counts as dead
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def write_whole(path, text):
+    """Write a text file so that any reader finds the old or the new one, also after a power cut."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_args(run):
+    """args.json of the run in folder `run`, a dict.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    try:
+        args = json.loads((pathlib.Path(run) / "args.json").read_text())
+        if args["encoder_type"] != "identity":
+            args.setdefault("camera_id", 0)  # of every task, before that was a flag
+        return args
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _no_run(run, error) from None
+
+
+def load_config(run):
+    """The config of the run in folder `run`: its args.json read as flags; those newer than it have their defaults.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    args = load_args(run)
+    names = {field.name for field in dataclasses.fields(Config)}
+    try:
+        config = complete(parse_flags(Config, [_as_flag(name, value) for name, value in args.items() if name in names]))
+        check(config)
+        return config
+    except ConfigError as error:
+        raise _no_run(run, error) from None
+
+
+def _no_run(run, error):
+    reason = getattr(error, "strerror", None) or str(error)
+    return ConfigError(f"{run}: not the folder of a run (args.json: {reason[:100]})")
+
+
+def _as_flag(name, value):
+    return f"--{name}={value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no_{name}"
+
+
+def load_status(run):
+    """run.json of the run in folder `run`, a dict; empty if there is none."""
+    try:
+        return json.loads((pathlib.Path(run) / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+class Over(Exception):
+    """The run in --run_dir has ended and there is nothing to do; the message is a line for the user."""
+
+    def __init__(self, line, code):
+        super().__init__(line)
+        self.code = code
+
+
+def parse_run(args=None):
+    """Command line of train.py -> (config, whether it continues the run in --run_dir).
+
+    Flags that are not given are those of the run that is continued; one that is given and differs is refused, unless
+    it changes no result (`config.UNCHANGING`) or is a larger --num_train_steps.
+
+    Raises:
+        ConfigError: see `config.check`; --run_dir holds something that is no run, or a run of other flags.
+        Over: the run there is finished or has diverged.
+    """
+    config = parse_flags(Config, args)
+    if config.run_dir is None or not _holds_something(config.run_dir):
+        config = complete(config)
+        check(config)
+        return config, False
+    before = dataclasses.replace(load_config(config.run_dir), run_dir=config.run_dir, work_dir=config.work_dir)
+    config = parse_flags(Config, args, default=before)
+    if config.seed == -1:  # drawn when the run began
+        config = dataclasses.replace(config, seed=before.seed)
+    config = complete(config)
+    for field in dataclasses.fields(Config):
+        old, new = getattr(before, field.name), getattr(config, field.name)
+        grows = field.name == "num_train_steps" and new > old
+        if old != new and field.name not in UNCHANGING and not grows:
+            right = "may only grow" if field.name == "num_train_steps" else "a flag of a run cannot change"
+            raise ConfigError(
+                f"--{field.name} {show(new)}: the run in {config.run_dir} has {show(old)}; {right}, so give it another "
+                "--run_dir"
+            )
+    check(config)
+    word = load_status(config.run_dir)
+    if word.get("state") == "diverged":
+        raise Over(word["message"], DIVERGED)
+    if word.get("state") == "finished" and config.num_train_steps == before.num_train_steps:
+        raise Over(f"{config.run_dir}: finished, {word['step']} steps", 0)
+    _check_checkpoint(config, word)
+    return config, True
+
+
+def _check_checkpoint(config, word):
+    """Raise `ConfigError` if the run has no checkpoint to go on from; its first comes before its first row."""
+    folder = pathlib.Path(config.run_dir)
+    if any((folder / CHECKPOINT).glob("*.json")):
+        return
+    if word.get("state") == "finished":
+        raise ConfigError(
+            f"--num_train_steps {config.num_train_steps}: the run in {folder} is finished and has not kept what it "
+            "needs to go on; --keep_checkpoint keeps it"
+        )
+    log = folder / "train.log"
+    if log.exists() and log.stat().st_size:
+        raise ConfigError(f"--run_dir {folder}: it has no checkpoint left; the run must be started anew elsewhere")
+
+
+def _holds_something(run_dir):
+    """Whether there is anything in a folder but what a run leaves that is killed before its args.json is written."""
+    try:
+        return not {path.name for path in pathlib.Path(run_dir).iterdir()} <= {"lock", "args.json.tmp"}
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise ConfigError(f"--run_dir {run_dir}: {error.strerror}") from None
+
+
+def check_writable(flag, folder):
+    """Raise `ConfigError` if `folder`, the value of `flag`, is none and cannot be made; creates nothing."""
+    path = pathlib.Path(folder).absolute()
+    existing = next(p for p in [path, *path.parents] if os.path.lexists(p))
+    if not existing.is_dir():
+        raise ConfigError(f"--{flag} {folder}: {existing} is not a folder")
+    longest = os.pathconf(existing, "PC_NAME_MAX")
+    if any(len(os.fsencode(part)) > longest for part in path.parts):
+        raise ConfigError(f"--{flag} {folder[:60]}...: no name in it may be longer than {longest} bytes")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--{flag} {folder}: {existing} is not writable")
+
+
+class RunFolder:
+    """The folder as its one writer has it: made or found, locked until `release` or the end of the process.
+
+    Args:
+        config: see config.py; --run_dir names the folder, or a new one is made below --work_dir.
+        continues: whether it holds a run already.
+
+    Raises:
+        ConfigError: it cannot be made, or another process writes it.
+    """
+
+    def __init__(self, config, continues):
+        flag, value = ("work_dir", config.work_dir) if config.run_dir is None else ("run_dir", config.run_dir)
+        check_writable(flag, value)
+        self._config, self._continues = config, continues
+        self._word, self._time = {"state": "running", "step": 0}, 0.0
+        try:
+            self.path = self._new(config) if config.run_dir is None else pathlib.Path(config.run_dir)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
+        except OSError as error:  # what check_writable cannot see, such as a file system that takes no folders
+            raise ConfigError(f"--{flag} {value}: {error}") from None
+        if continues != (self.path / "args.json").exists():
+            self.release()
+            raise ConfigError(f"--run_dir {value}: another process has just begun a run there")
+
+    def __str__(self):
+        return str(self.path)
+
+    @staticmethod
+    def _new(config):
+        """A new folder <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/, numbered if it is there."""
+        parent = pathlib.Path(config.work_dir) / f"{config.domain_name}-{config.task_name}"
+        parent.mkdir(parents=True, exist_ok=True)
+        name = f"{config.agent}-{time.strftime('%Y%m%d-%H%M%S')}-s{config.seed}"
+        number = 1
+        while True:
+            folder = parent / (name if number == 1 else f"{name}-{number}")
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:  # another run of the same sweep, in the same second
+                number += 1
+
+    def _locked(self):
+        """The open lock; the system frees it when this process ends, however that ends."""
+        lock = open(self.path / "lock", "a")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                busy = self._seems_alive()
+            elif error.errno in (errno.EACCES, errno.EAGAIN):
+                busy = True
+            else:
+                raise
+            if busy:
+                lock.close()
+                word = load_status(self.path)
+                who = f" (pid {word['pid']} on {word['host']})" if "pid" in word else ""
+                raise ConfigError(f"--run_dir {self.path}: another process{who} is writing this run") from None
+        return lock
+
+    def _seems_alive(self):
+        """Where the file system has no locks: whether run.json speaks of a process that may still be there."""
+        word = load_status(self.path)
+        if word.get("state") != "running":
+            return False
+        if word["host"] == socket.gethostname():
+            return word["pid"] != os.getpid() and psutil.pid_exists(word["pid"])
+        probe = self.path / "lock"
+        probe.touch()  # the file server's clock tells both times
+        return probe.stat().st_mtime - (self.path / "run.json").stat().st_mtime < SILENCE
+
+    def begin(self, step, made_with):
+        """Say in args.json that the run begins, or goes on at `step`; `made_with`: see `provenance`."""
+        now = {"time": time.time(), "command": sys.argv, **made_with}
+        args = dataclasses.asdict(self._config)
+        if self._continues:
+            before = load_args(self.path)
+            args = {**before, **args, "continued": [*before.get("continued", []), {"step": step, **now}]}
+        else:
+            args |= now
+        try:
+            write_whole(self.path / "args.json", json.dumps(args, indent=2) + "\n")
+        except OSError:
+            if self._config.run_dir is None:  # nobody has asked for this folder by its name
+                self.release()
+                shutil.rmtree(self.path)
+            raise
+        self.report(state="running", step=step)
+
+    def report(self, **word):
+        """Put `state`, `step`, `message` or what else is new into run.json: at once a state, a step now and then.
+
+        A disk that is full does not matter here.
+        """
+        self._word.update(word)
+        if "state" not in word and time.monotonic() - self._time < WORDS:
+            return
+        self._time = time.monotonic()
+        here = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        c = self._config
+        steps = {"env_step": self._word["step"] * c.action_repeat, "num_train_steps": c.num_train_steps}
+        with contextlib.suppress(OSError):
+            write_whole(self.path / "run.json", json.dumps({**self._word, **steps, **here}) + "\n")
+
+    def release(self):
+        """Let another process write here."""
+        self._lock.close()

@@ -1,0 +1,263 @@
+"""A run's folder: who may write it, what may change when a run goes on. Runs on states, which start at once."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from test_resume import STATES, rows
+
+import run_folder
+import train
+from config import UNCHANGING, Config, ConfigError
+from logger import Logger
+from replay_buffer import ReplayBuffer
+from run_folder import RunFolder, load_status, parse_run
+
+SHORT = STATES.replace("--num_train_steps 26", "--num_train_steps 16").replace(" --keep_checkpoint", "")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Folders of three runs: finished and kept, finished, and stopped in the middle."""
+    parent = tmp_path_factory.mktemp("begun")
+    command = [sys.executable, train.__file__]
+    for name, flags in (("kept", f"{SHORT} --keep_checkpoint"), ("finished", SHORT)):
+        subprocess.run([*command, *flags.split(), "--run_dir", str(parent / name)], check=True, capture_output=True)
+    return parent
+
+
+def test_a_finished_run_says_so(begun, call):
+    before = {path: path.stat().st_mtime_ns for path in begun.rglob("*")}
+    for flags in ("", SHORT):
+        result = call("train.py", f"{flags} --run_dir {begun}/finished")
+        assert (result.returncode, result.stdout) == (0, "")
+        assert result.stderr == f"{begun}/finished: finished, 16 steps\n"
+    assert {path: path.stat().st_mtime_ns for path in begun.rglob("*")} == before
+
+
+def test_a_run_grows(begun, tmp_path, call):
+    """If it was kept: to the result of a run that was as long from the beginning, its old last evaluation aside."""
+    shutil.copytree(begun, tmp_path / "copy")
+    longer = "--num_train_steps 26"
+    result = call("train.py", f"{longer} --run_dir {tmp_path}/copy/finished")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "finished and has not kept what it needs to go on; --keep_checkpoint keeps it" in result.stderr
+    result = call("train.py", f"{longer} --run_dir {tmp_path}/copy/kept")
+    assert result.returncode == 0 and "goes on at step 16" in result.stdout
+    assert call("train.py", f"{SHORT} {longer} --run_dir {tmp_path}/whole").returncode == 0
+    grown, whole = tmp_path / "copy" / "kept", tmp_path / "whole"
+    assert rows(grown / "train.log") == rows(whole / "train.log")
+    assert [row for row in rows(grown / "eval.log") if row["step"] != 16] == rows(whole / "eval.log")
+    assert json.loads((grown / "args.json").read_text())["num_train_steps"] == 26
+
+
+def test_which_flags_may_change(begun, monkeypatch):
+    run_dir = f"--run_dir {begun}/kept"
+    args = json.loads((begun / "kept" / "args.json").read_text())
+    assert set(UNCHANGING) <= {*Config.__dataclass_fields__} <= set(args)
+    for flags in ("", SHORT, "--seed -1", "--batch_size 4 --save_tb --log_interval 7 --env_worker --device cpu"):
+        with pytest.raises(run_folder.Over, match="kept: finished, 16 steps"):
+            parse_run(f"{flags} {run_dir}".split())
+    config, continues = parse_run(f"--num_train_steps 20 --save_video {run_dir}".split())
+    assert continues and config.save_video and config.batch_size == 4 and config.num_train_steps == 20
+    for flags, line in (
+        ("--batch_size 8", f"--batch_size 8: the run in {begun}/kept has 4; a flag of a run cannot change"),
+        ("--num_train_steps 15", f"--num_train_steps 15: the run in {begun}/kept has 16; may only grow"),
+        ("--agent cody_sac", f"--agent cody_sac: the run in {begun}/kept has sac; a flag of a run cannot change"),
+        ("--omega_cody_loss 0.1", f"--omega_cody_loss 0.1: the run in {begun}/kept has 0.001; a flag of"),
+        ("--work_dir a", "--work_dir a: has no effect with --run_dir"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            parse_run(f"{flags} {run_dir}".split())
+        assert str(error.value).startswith(line)
+
+
+def test_what_is_no_run(tmp_path, call):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("a")
+    (tmp_path / "old").mkdir()
+    for folder, line in (
+        ("full", f"train.py: error: {tmp_path}/full: not the folder of a run (args.json: No such file or directory)\n"),
+        ("full/thesis.tex", f"train.py: error: --run_dir {tmp_path}/full/thesis.tex: Not a directory\n"),
+    ):
+        result = call("train.py", f"{SHORT} --run_dir {tmp_path}/{folder}")
+        assert (result.returncode, result.stderr) == (2, line)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_whose_checkpoint_is_gone(begun, tmp_path, call):
+    """As those of results/, and those from before there were any: their logs are not touched."""
+    folder = tmp_path / "run"
+    shutil.copytree(begun / "finished", folder)
+    (folder / "run.json").unlink()
+    logs = [(folder / name).read_bytes() for name in ("train.log", "eval.log")]
+    result = call("train.py", f"--run_dir {folder}")
+    assert result.returncode == 2
+    assert result.stderr.endswith("has no checkpoint left; the run must be started anew elsewhere\n")
+    assert logs == [(folder / name).read_bytes() for name in ("train.log", "eval.log")]
+
+
+def holder(folder):
+    """A process that holds the lock of a folder."""
+    script = f"import fcntl, sys, time; lock = open({str(folder / 'lock')!r}, 'a')\n"
+    script += "fcntl.lockf(lock, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def test_one_writer(begun, tmp_path, call):
+    """The lock dies with its process, and the folder is as it was for the one that is refused."""
+    folder = tmp_path / "run"
+    shutil.copytree(begun / "kept", folder)
+    process = holder(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    flags = f"--num_train_steps 20 --run_dir {folder}"
+    result = call("train.py", flags)
+    word = load_status(folder)
+    who = f"another process (pid {word['pid']} on {word['host']}) is writing this run"
+    assert (result.returncode, result.stderr) == (2, f"train.py: error: --run_dir {folder}: {who}\n")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    process.kill()
+    process.wait()
+    assert call("train.py", flags).returncode == 0
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """run.json decides: a process that is alive on this host, one of another host that was heard of not long ago."""
+
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    config, _ = parse_run(f"{SHORT} --run_dir {tmp_path}/run".split())
+    folder = RunFolder(config, continues=False)
+    folder.begin(0, {})
+    here = load_status(tmp_path / "run")
+    other = subprocess.Popen(["sleep", "60"])
+    for word, busy in (
+        ({}, False),
+        ({"pid": other.pid}, True),
+        ({"pid": other.pid, "state": "stopped"}, False),
+        ({"pid": other.pid, "host": "elsewhere"}, True),
+    ):
+        (tmp_path / "run" / "run.json").write_text(json.dumps({**here, **word}))
+        if busy:
+            with pytest.raises(ConfigError, match="another process .* is writing this run"):
+                RunFolder(config, continues=True)
+        else:
+            RunFolder(config, continues=True)
+    long_ago = time.time() - run_folder.SILENCE - 60
+    os.utime(tmp_path / "run" / "run.json", (long_ago, long_ago))
+    RunFolder(config, continues=True)
+    other.kill()
+    assert here["host"] == socket.gethostname() and here["pid"] == os.getpid() and here["state"] == "running"
+
+
+def test_a_diverged_run_says_it_again(tmp_path, call):
+    flags = f"{SHORT} --critic_lr 1e30 --run_dir {tmp_path}/run"
+    first = call("train.py", flags)
+    assert first.returncode == 3 and first.stderr.startswith(f"{tmp_path}/run: stopped: ")
+    again = call("train.py", flags)
+    assert (again.returncode, again.stdout, again.stderr) == (3, "", first.stderr)
+    assert load_status(tmp_path / "run")["state"] == "diverged"
+
+
+def test_a_full_disk_in_the_middle_of_a_row(begun, tmp_path, monkeypatch, call):
+    """The torn row goes when the run goes on."""
+    row = Logger._row
+    torn = []
+
+    def tear(self, kind, step, values, columns, colour):
+        if kind == "train" and not torn:
+            torn.append(step)
+            with open(self._folder / "train.log", "a") as log:
+                log.write('{"step": 1')
+            raise OSError(errno.ENOSPC, "No space left on device")
+        row(self, kind, step, values, columns, colour)
+
+    monkeypatch.setattr(Logger, "_row", tear)
+    result = call("train.py", f"{SHORT} --run_dir {tmp_path}/run")
+    assert (result.returncode, torn) == (1, [10])
+    assert result.stderr == f"{tmp_path}/run: stopped: [Errno 28] No space left on device\n"
+    assert call("train.py", f"--run_dir {tmp_path}/run").returncode == 0
+    assert rows(tmp_path / "run" / "train.log") == rows(begun / "finished" / "train.log")
+
+
+def test_the_end_of_memory(begun, tmp_path, monkeypatch, call):
+    """Before the kernel would end the run, it is saved and says why; with more memory it goes on."""
+    flags = f"{SHORT} --replay_storage lz4 --run_dir {tmp_path}/run"
+    room = iter([10**10] * 8)
+    with monkeypatch.context() as patch:
+        patch.setattr("replay_buffer.WATCHED", 1)
+        patch.setattr("replay_buffer.available_memory", lambda device=None: next(room, 10**8))
+        result = call("train.py", flags)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "stopped: 0.1 GB of memory are left and the replay has grown to 0.0 GB; --run_dir " in result.stderr
+    assert call("train.py", flags).returncode == 0
+    assert rows(tmp_path / "run" / "train.log") == rows(begun / "finished" / "train.log")
+
+
+def test_a_folder_that_was_moved_and_a_clock_that_was_set_back(begun, tmp_path, monkeypatch, call):
+    room = iter(range(7))
+    with monkeypatch.context() as patch:
+        patch.setattr(ReplayBuffer, "check_memory", lambda self: next(room))
+        with pytest.raises(StopIteration):
+            call("train.py", f"{SHORT} --run_dir {tmp_path}/a")
+    shutil.move(tmp_path / "a", tmp_path / "elsewhere" / "b")
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() - 1e6)
+    result = call("train.py", f"{SHORT} --run_dir {tmp_path}/elsewhere/b")
+    assert result.returncode == 0 and "goes on at step 6" in result.stdout
+    assert rows(tmp_path / "elsewhere" / "b" / "train.log") == rows(begun / "finished" / "train.log")
+
+
+def test_another_thread_count(begun, tmp_path, monkeypatch, call):
+    shutil.copytree(begun / "kept", tmp_path / "run")
+    made = train.provenance
+    monkeypatch.setattr(train, "provenance", lambda device: {**made(device), "threads": 77})
+    result = call("train.py", f"--num_train_steps 20 --run_dir {tmp_path}/run")
+    assert result.returncode == 0
+    assert (
+        "warning: no longer bit for bit an uninterrupted run: threads " in result.stdout
+        and " then, 77 now" in result.stdout
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of its own, of 100 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up(begun, small_disk, call):
+    """In the middle of the second checkpoint; with more room the run goes on."""
+    flags = f"{SHORT} --run_dir {small_disk}/run"
+    result = call("train.py", flags)
+    assert result.returncode == 1 and result.stderr.startswith(f"{small_disk}/run: stopped: ")
+    assert result.stderr.count("\n") == 1 and not list((small_disk / "run").rglob("*.tmp"))
+    assert load_status(small_disk / "run")["state"] in ("running", "stopped")  # its file may not fit either
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    result = call("train.py", flags)
+    assert result.returncode == 0, result.stderr
+    assert rows(small_disk / "run" / "train.log") == rows(begun / "finished" / "train.log")
+
+
+def test_a_folder_that_is_read_only(begun, monkeypatch, call):
+    """A finished run can still be asked how it stands."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert call("train.py", f"--run_dir {begun}/kept").returncode == 0
+    result = call("train.py", f"--num_train_steps 20 --run_dir {begun}/kept")
+    line = f"train.py: error: --run_dir {begun}/kept: {begun}/kept is not writable\n"
+    assert (result.returncode, result.stderr) == (2, line)
