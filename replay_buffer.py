@@ -65,7 +65,6 @@ class ReplayBuffer:
         self.device = device
         self._rng = np.random.default_rng(config.seed)
         self._stream = 0  # frames written since the start
-        self._start = 0  # first of them that came to this buffer; not 0 where the oldest were gone from the journal
         self._journal = None
 
         self._frame_shape = (obs_space.shape[0] // config.frame_stack, *obs_space.shape[1:])
@@ -151,7 +150,7 @@ class ReplayBuffer:
 
     @property
     def _oldest(self):
-        return max(self._start, self._stream - self.slots)
+        return max(0, self._stream - self.slots)
 
     def _is_legal(self, positions):
         """Whether o_{t-1} to o_{t+1} of each position t are of one episode and all their frames are still there."""
@@ -236,7 +235,7 @@ class ReplayBuffer:
         begun, self._journal, self._stream = self._journal, None, 0
         for position, frame, age, action, reward, terminated in journal.read(folder, files):
             if self._stream == 0:
-                self._start = self._stream = position
+                self._stream = position
             if age == 0:
                 self.begin_episode(frame)
             else:

@@ -111,6 +111,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(saved, tmp_pat
     assert_same_content(other, replay)
 
 
+def test_a_changed_manifest(saved, tmp_path):
+    """Though it is JSON of the right form."""
+    shutil.copytree(saved[0], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint" / "000003.json"
+    text = path.read_text()
+    path.write_text(text.replace('"numpy": "2"', '"numpy": "3"'))
+    said = []
+    assert text != path.read_text() and open_run(tmp_path / "run", said)[0].load()
+    assert said == [f"warning: {path}: damaged (its sum is wrong): going on from the checkpoint before"]
+
+
 @pytest.mark.parametrize("damage", [truncated, flipped, lambda data: b"", None])
 def test_nothing_can_be_used(saved, tmp_path, damage):
     """The beginning of the replay is in both."""

@@ -224,6 +224,10 @@ def test_what_is_read_from_the_journal(tmp_path, monkeypatch, seed, kind):
         assert_same_content(other, replay)
         assert torch.equal(other.sample(64).obs, replay.sample(64).obs)
     assert 2 <= len(files) <= 8
+    larger = make_replay(1000, FRAME, 2)
+    larger.read(tmp_path, files)
+    assert larger.legal_positions()[0] > int(min(files).split(".")[0]) > 0  # what came before is gone from the journal
+    larger.gather(larger.legal_positions())
 
 
 def test_the_journal_goes_on_behind_a_checkpoint(tmp_path, monkeypatch):
@@ -237,7 +241,7 @@ def test_the_journal_goes_on_behind_a_checkpoint(tmp_path, monkeypatch):
         stream(replay, Plain(), [10, 10, 3], 3, seed=1)
         files = replay.commit()
         if folder is broken:
-            stream(replay, Plain(), [10] * 4, 3, seed=2)  # lost
+            stream(replay, Plain(), [7] * 5, 3, seed=2)  # lost
             replay.commit()
             replay = make(capacity=1000)
             replay.open_journal(folder)
