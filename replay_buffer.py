@@ -231,7 +231,7 @@ class ReplayBuffer:
         self._rng.bit_generator.state = state["rng"]
 
     def read(self, folder, files=None):
-        """Take in the stream that a journal wrote to `folder`; see `journal.read`. What was here before is gone."""
+        """Fill this empty buffer with the stream that a journal wrote to `folder`; see `journal.read`."""
         begun, self._journal, self._stream = self._journal, None, 0
         for position, frame, age, action, reward, terminated in journal.read(folder, files):
             if self._stream == 0:
@@ -251,9 +251,9 @@ class ReplayBuffer:
         Raises:
             ConfigError: the folder holds no run. FileNotFoundError: it holds no replay.
         """
+        config = load_config(run)
         folder = pathlib.Path(run) / CHECKPOINT
         header = journal.header_of(folder)
-        config = load_config(run)
         shape = (header["frame_shape"][0] * config.frame_stack, *header["frame_shape"][1:])
         space = gymnasium.spaces.Box(0, 255, shape, np.dtype(header["dtype"]))
         replay = cls(config, space, header["action_dim"], torch.device(device))
