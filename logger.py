@@ -182,8 +182,7 @@ class Logger:
 
     def state_dict(self):
         """Where the logs stand, what was recorded and not yet written, and what the warnings have seen."""
-        if self._writer:
-            self._writer.flush()
+        self.flush()
         now = time.monotonic()
         return {
             "lengths": {str(path.relative_to(self._folder)): _on_disk(path) for path in self._files()},
@@ -228,12 +227,21 @@ class Logger:
         logs = [path for path in (self._folder / "train.log", self._folder / "eval.log") if path.exists()]
         return logs + sorted((self._folder / "tb").glob("events.out.tfevents.*"))
 
-    def close(self):
-        """Flush and close everything."""
-        with contextlib.suppress(OSError):
-            self._bar.close()
+    def flush(self):
+        """Write the events that are still in memory.
+
+        Raises:
+            OSError: they cannot be written.
+        """
         if self._writer:
-            self._writer.close()
+            self._writer.flush()
+
+    def close(self):
+        """Close everything; what cannot be written any more, after an error that has ended the run, is lost."""
+        for what in (self._bar, self._writer):
+            if what:
+                with contextlib.suppress(OSError):
+                    what.close()
 
     def _row(self, kind, step, values, columns, colour):
         row = {"step": step, "env_step": step * self._action_repeat, **values}

@@ -131,21 +131,26 @@ def parse_run(args=None):
                 "--run_dir"
             )
     check(config)
-    word = load_status(config.run_dir)
-    if word.get("state") == "diverged":
-        raise Over(word["message"], DIVERGED)
-    if word.get("state") == "finished" and config.num_train_steps == before.num_train_steps:
-        raise Over(f"{config.run_dir}: finished, {word['step']} steps", 0)
-    _check_checkpoint(config, word)
+    check_goes_on(config)
     return config, True
 
 
-def _check_checkpoint(config, word):
-    """Raise `ConfigError` if the run has no checkpoint to go on from; its first comes before its first row."""
-    folder = pathlib.Path(config.run_dir)
+def check_goes_on(config):
+    """Whether there is something to do in --run_dir, and something to go on from.
+
+    Raises:
+        Over: the run is finished or has diverged.
+        ConfigError: its checkpoint is gone. The first comes before the first decision.
+    """
+    folder, word = pathlib.Path(config.run_dir), load_status(config.run_dir)
+    finished = word.get("state") == "finished"
+    if word.get("state") == "diverged":
+        raise Over(word["message"], DIVERGED)
+    if finished and config.num_train_steps <= word["num_train_steps"]:
+        raise Over(f"{folder}: finished, {word['step']} steps", 0)
     if any((folder / CHECKPOINT).glob("*.json")):
         return
-    if word.get("state") == "finished":
+    if finished:
         raise ConfigError(
             f"--num_train_steps {config.num_train_steps}: the run in {folder} is finished and has not kept what it "
             "needs to go on; --keep_checkpoint keeps it"
@@ -187,6 +192,7 @@ class RunFolder:
 
     Raises:
         ConfigError: it cannot be made, or another process writes it.
+        Over: see `check_goes_on`.
     """
 
     def __init__(self, config, continues):
@@ -203,6 +209,8 @@ class RunFolder:
         if continues != (self.path / "args.json").exists():
             self.release()
             raise ConfigError(f"--run_dir {value}: another process has just begun a run there")
+        if continues:
+            check_goes_on(config)  # again: another process may have finished it since
 
     def __str__(self):
         return str(self.path)
@@ -246,8 +254,8 @@ class RunFolder:
         word = load_status(self.path)
         if word.get("state") != "running":
             return False
-        if word["host"] == socket.gethostname():
-            return word["pid"] != os.getpid() and psutil.pid_exists(word["pid"])
+        if word["host"] == socket.gethostname() and (word["pid"] == os.getpid() or not psutil.pid_exists(word["pid"])):
+            return False
         probe = self.path / "lock"
         probe.touch()  # the file server's clock tells both times
         return probe.stat().st_mtime - (self.path / "run.json").stat().st_mtime < SILENCE

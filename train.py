@@ -114,9 +114,8 @@ def run_evaluation(config, folder, eval_envs, agent, logger, progress, checkpoin
         return
     start = time.monotonic()
     seed, film = eval_seed(config), config.save_video
-    returns, frames = evaluate(
-        eval_envs, agent, config.num_eval_episodes, seed, film, logger.message, check=signals.check
-    )
+    episodes = config.num_eval_episodes
+    returns, frames = evaluate(eval_envs, agent, episodes, seed, film, logger.message, check=signals.check)
     duration = time.monotonic() - start
     logger.eval_row(step, episode=progress.episode, **summary(returns), returns=returns, duration=duration)
     if frames:
@@ -171,8 +170,9 @@ def describe(config, device, replay):
     )
 
 
-def finish(config, folder, agent, progress, checkpoints):
+def finish(config, folder, agent, logger, progress, checkpoints):
     """The run is over: keep its networks, and the rest only if --keep_checkpoint asks for that."""
+    logger.flush()
     save_model(agent, folder.path / "model", progress.step)
     if config.keep_checkpoint:
         checkpoints.save()
@@ -232,7 +232,7 @@ def main():
         except signals.Stopped:
             checkpoints.save()
             raise
-        finish(config, folder, agent, progress, checkpoints)
+        finish(config, folder, agent, logger, progress, checkpoints)
         return
     except signals.Stopped as stop:
         state, code, why = "stopped", stop.code, f"{stop}; --run_dir {folder} goes on at step {progress.step}"

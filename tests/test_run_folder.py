@@ -130,6 +130,25 @@ def test_one_writer(begun, tmp_path, call):
     assert call("train.py", flags).returncode == 0
 
 
+def test_a_run_that_another_process_finishes_meanwhile(begun, tmp_path, monkeypatch, call):
+    """Between the first look at the folder and the lock: its logs stay as they are."""
+    shutil.copytree(begun / "kept", tmp_path / "run")
+    build = train.build
+
+    def build_slowly(config, device):
+        parts = build(config, device)
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(begun / "finished", tmp_path / "run")
+        word = load_status(tmp_path / "run") | {"num_train_steps": 20}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(word))
+        return parts
+
+    monkeypatch.setattr(train, "build", build_slowly)
+    result = call("train.py", f"--num_train_steps 20 --run_dir {tmp_path}/run")
+    assert (result.returncode, result.stderr) == (0, f"{tmp_path}/run: finished, 16 steps\n")
+    assert rows(tmp_path / "run" / "train.log") == rows(begun / "finished" / "train.log")
+
+
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     """run.json decides: a process that is alive on this host, one of another host that was heard of not long ago."""
 
