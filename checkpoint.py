@@ -9,16 +9,19 @@ A checkpoint is whole when its .json is there, the last file to be written; the 
 a state gives it as `state_dict()` and takes it back with `load_state_dict()`; this file does not look inside.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import pickle
+import re
 import time
 
 import torch
 
 from config import ConfigError
-from run_folder import CHECKPOINT, write_whole
+from run_folder import CHECKPOINT, write_json, write_whole
 
 COST = 50  # an evaluation is followed by a checkpoint if that takes at most 1/50 of the time since the last
 
@@ -35,17 +38,7 @@ def save_model(agent, folder, step):
 
 
 def _save(state, path):
-    """torch.save to a file that appears complete or not at all, and stays through a power cut."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's own of a full disk is a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written ({str(error).splitlines()[0][:80]})") from None
+    write_whole(path, lambda file: torch.save(state, file))
 
 
 def load_model(agent, folder, step=None):
@@ -56,7 +49,9 @@ def load_model(agent, folder, step=None):
     """
     saved = sorted(int(path.stem) for path in pathlib.Path(folder).glob("*.pt") if path.stem.isdigit())
     if not saved:
-        raise ConfigError(f"{folder}: no saved model; train with --save_model")
+        raise ConfigError(
+            f"{folder}: no saved model; one comes when the run is finished, or with --save_model at each evaluation"
+        )
     step = saved[-1] if step is None else step
     if step not in saved:
         raise ConfigError(f"--step {step}: not in {folder}, which has {', '.join(map(str, saved))}")
@@ -111,29 +106,22 @@ class Checkpoints:
         _save({part: what.state_dict() for part, what in self._parts.items()}, self._folder / name)
         files[name] = ((self._folder / name).stat().st_size, _sum(self._folder / name))
         body = {"files": files, "made_with": self._made_with}
-        write_whole(
-            self._folder / f"{number:06d}.json", json.dumps({"sum": _sum_of_json(body), **body}, indent=1) + "\n"
-        )
-        self._sync_folder()
+        write_json(self._folder / f"{number:06d}.json", {"sum": _sum_of_json(body), **body})
         self._number = number
         self._kept = dict([*self._kept.items(), (number, {*files, f"{number:06d}.json"})][-2:])
-        for path in self._folder.iterdir():
-            if not any(path.name in names for names in self._kept.values()):
-                path.unlink()
+        self._remove(but=set().union(*self._kept.values()))
         self._time, self._duration = time.monotonic(), time.monotonic() - start
-
-    def _sync_folder(self):
-        """Bring the new names to the disk."""
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     def free(self):
         """Remove all of them."""
-        for path in self._folder.iterdir():
-            path.unlink()
+        self._remove(but=())
+
+    def _remove(self, but):
+        """Remove our files from the folder, but those of these names; one that is in use or is none can stay."""
+        for path in sorted(self._folder.iterdir()):  # .json before .pt: what is named is there
+            if path.name not in but and re.fullmatch(r"\d+\.(json|pt|replay)(\.tmp)?", path.name):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def load(self):
         """Restore the last checkpoint that is whole; whether there was any.
@@ -145,15 +133,19 @@ class Checkpoints:
         for number in sorted(self._numbers(), reverse=True):
             try:
                 files, made_with, state = self._read(number)
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
                 damaged.append(str(error))
                 continue
             if damaged:
                 self._message(f"warning: {damaged[0]}: going on from the checkpoint before")
             replay = {name: entry for name, entry in files.items() if not name.endswith(".pt")}
-            self._parts["replay"].read(self._folder, replay)
-            for part, what in self._parts.items():
-                what.load_state_dict(state[part])
+            try:
+                self._parts["replay"].read(self._folder, replay)
+                for part, what in self._parts.items():
+                    what.load_state_dict(state[part])
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                reason = str(error).splitlines()[0][:80]
+                raise ConfigError(f"{self._folder}: made by another version of this code ({reason})") from None
             before, now = _flat(made_with), _flat(self._made_with)
             changes = [
                 f"{name} {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]

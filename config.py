@@ -206,7 +206,7 @@ class Config:
     run_dir: str | None = None
     """Folder of this run; one that it has begun in is continued, with its flags. None: a new one below work_dir."""
     checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints, from which a run that was ended goes on; there is one after each evaluation too."""
+    """Minutes between checkpoints, from which a run that was ended goes on; after an evaluation too, if cheap."""
     keep_checkpoint: bool = False
     """Keep optimizers and replay of a finished run, to go on with a larger num_train_steps or to read its data."""
     log_interval: int = 100

@@ -188,8 +188,6 @@ class WorkerEnv(Restorable):
             result = self._call("step", self._action)
         self.obs = self.obs if result[0] is None else result[0]
         self._episode["steps"]["actions"].append(np.asarray(self._action, np.float64).tolist())
-        if result[2] or result[3]:
-            self._episode = self._call("episode_state")
         return result
 
     def check(self):

@@ -1,4 +1,4 @@
-"""Run episodes with the deterministic policy: in training, and as a command on a run saved with --save_model.
+"""Run episodes with the deterministic policy: in training, and as a command on a run that has saved its networks.
 
 python evaluate.py --run runs/cartpole-swingup/cody_sac-20260101-120000-s1
 python evaluate.py --run ... --step 10000 --num_eval_episodes 50 --video episode.mp4
@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import sys
 from typing import Literal
 
@@ -78,9 +79,18 @@ def choose_device(name):
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def check_machine(config, device):
+    """Raise `ConfigError` if this machine lacks what a flag needs."""
+    if config.replay_device == "cuda" and device.type != "cuda":
+        raise ConfigError(f"--replay_device cuda: the networks run on {device}; use auto or cpu")
+    variable, compiler = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
+    if config.compile and not shutil.which(os.environ.get(variable, compiler)):
+        raise ConfigError(f"--compile: needs a compiler and finds none; install {compiler}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Evaluate a run that was trained with --save_model."""
+    """Evaluate a run that is finished or was trained with --save_model."""
 
     run: str
     """Folder of the run."""

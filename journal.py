@@ -118,7 +118,10 @@ def header_of(folder):
     if not paths:
         raise FileNotFoundError(f"{folder}: no {SUFFIX} file; --keep_checkpoint keeps those of a finished run")
     with open(paths[0], "rb") as file:
-        return json.loads(file.readline())
+        line = file.readline()
+    if not line.endswith(b"\n"):
+        raise FileNotFoundError(f"{paths[0]}: nothing is written yet")
+    return json.loads(line)
 
 
 def read(folder, files=None):
@@ -133,7 +136,9 @@ def read(folder, files=None):
         files = {path.name: (path.stat().st_size, None) for path in folder.glob(f"*{SUFFIX}")}
     for name in sorted(files):
         data = (folder / name).read_bytes()[: files[name][0]]
-        start = data.index(b"\n") + 1
+        start = data.find(b"\n") + 1
+        if not start:  # of a run that is writing it
+            break
         header = json.loads(data[:start])
         kind = record_type(header["action_dim"])
         shape, dtype, position = header["frame_shape"], header["dtype"], header["position"]

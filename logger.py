@@ -51,7 +51,7 @@ class Logger:
         self._save_tb, self._writer = config.save_tb, None
         self._purge_step = 0  # environment step from which TensorBoard is to forget what it has read
         self._unread = []  # (step, metrics still on the device)
-        self._means = []  # metrics of the intervals read since the last train row, and their numbers of updates
+        self._means = []  # of the intervals read since the last train row: {metric: (number of its values, mean)}
         self._last = "none"  # the last metrics read, for the message of a run that stops
         self._step = 0
         self._row_time = time.monotonic()  # which no setting of the clock moves
@@ -81,7 +81,7 @@ class Logger:
         for step, metrics in self._unread:
             for name, value in metrics.items():
                 columns.setdefault(name, []).append((step, value))
-        last_step, updates = self._unread[-1][0], len(self._unread)
+        last_step = self._unread[-1][0]
         self._unread = []
         bad, means = [], {}
         for name, column in columns.items():
@@ -95,7 +95,7 @@ class Logger:
             self._last = ", ".join(f"{n} {c[-1][1]:.6g}" for n, c in columns.items() if c[-1][1].dim() == 0)
             raise FloatingPointError(f"{name} is {value} at step {step}; last metrics: {self._last}")
         self._last = ", ".join(f"{n} {mean:.6g}" for n, mean in means.items() if isinstance(mean, float))
-        self._means.append((updates, means))
+        self._means.append({name: (len(columns[name]), mean) for name, mean in means.items()})
         self._scalars("train", last_step, means)
         self._watch(last_step, means)
 
@@ -133,8 +133,8 @@ class Logger:
         }
         values.update(rates, physics_errors=self._physics_errors)
         self._row_time, self._row_step, self._row_updates = now, step, 0
-        for name in dict.fromkeys(name for _, means in self._means for name in means):
-            weighted = [(updates, np.array(means[name])) for updates, means in self._means if name in means]
+        for name in dict.fromkeys(name for means in self._means for name in means):
+            weighted = [(means[name][0], np.array(means[name][1])) for means in self._means if name in means]
             values[name] = (sum(n * mean for n, mean in weighted) / sum(n for n, _ in weighted)).tolist()
         self._means = []
         self._warned = False
@@ -185,7 +185,7 @@ class Logger:
         self.flush()
         now = time.monotonic()
         return {
-            "lengths": {str(path.relative_to(self._folder)): _on_disk(path) for path in self._files()},
+            "lengths": {_key(path): _on_disk(path) for path in self._files()},
             "seconds": now - self._start,
             "row_seconds": now - self._row_time,
             "step": self._step,
@@ -210,22 +210,30 @@ class Logger:
 
     def cut_logs(self, lengths):
         """Cut each log and event file to its length in bytes; without one, there was nothing to keep in it."""
+        there = dict.fromkeys(lengths, 0)
         for path in self._files():
-            length = lengths.get(str(path.relative_to(self._folder)), 0)
-            if path.suffix == ".log" or length:
-                os.truncate(path, min(length, path.stat().st_size))
+            key = _key(path)
+            there[key] = min(lengths.get(key, 0), path.stat().st_size)
+            if path.suffix == ".log" or there[key]:
+                os.truncate(path, there[key])
             else:
                 path.unlink()
-        for name, length in lengths.items():
-            path = self._folder / name
-            there = path.stat().st_size if path.exists() else 0
-            if there < length:
-                self.message(f"warning: {path} has {there} bytes of {length}: rows before this step are missing in it")
+        for key, length in lengths.items():
+            if there[key] < length:
+                self.message(f"warning: {key} has {there[key]} bytes of {length}: rows before this step are gone")
+        self._put_events_in_the_past()
+
+    def _put_events_in_the_past(self):
+        """TensorBoard reads its files in the order of the times in their names, where the clock may be set back."""
+        files = self._event_files()
+        if files and int(files[-1].name.split(".")[3]) >= int(time.time()):
+            for number, path in enumerate(files):
+                path.rename(path.with_name(f"events.out.tfevents.{number:010d}.{_key(path)}"))
 
     def _files(self):
         """What is only ever appended to."""
         logs = [path for path in (self._folder / "train.log", self._folder / "eval.log") if path.exists()]
-        return logs + sorted((self._folder / "tb").glob("events.out.tfevents.*"))
+        return logs + self._event_files()
 
     def flush(self):
         """Write the events that are still in memory.
@@ -245,8 +253,12 @@ class Logger:
 
     def _row(self, kind, step, values, columns, colour):
         row = {"step": step, "env_step": step * self._action_repeat, **values}
-        with open(self._folder / f"{kind}.log", "a") as log:
-            log.write(json.dumps({name: _finite_or_null(value) for name, value in row.items()}) + "\n")
+        path = self._folder / f"{kind}.log"
+        try:
+            with open(path, "a") as log:
+                log.write(json.dumps({name: _finite_or_null(value) for name, value in row.items()}) + "\n")
+        except OSError as error:
+            raise OSError(f"{path}: not written ({error.strerror})") from None
         cells = [f"{label}: {_cell(name, row[name])}" for name, label in columns.items() if name in row]
         self.message(" | ".join([colored(f"| {kind:5}", colour), *cells]))
 
@@ -258,6 +270,9 @@ class Logger:
         if not self._writer:
             self._writer = SummaryWriter(self._folder / "tb", purge_step=self._purge_step)
         return self._writer
+
+    def _event_files(self):
+        return sorted((self._folder / "tb").glob("events.out.tfevents.*"))
 
     def _scalars(self, kind, step, values):
         if self._save_tb:
@@ -274,6 +289,11 @@ def prepare_console():
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             setattr(sys, name, os.fdopen(descriptor, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _key(path):
+    """Of a log its name, of an event file what is in its name behind the time."""
+    return path.name if path.suffix == ".log" else path.name.split(".", 4)[4]
 
 
 def _on_disk(path):

@@ -9,6 +9,7 @@ The frames themselves lie in a store of frames.py. With a journal (journal.py) e
 to disk, and read from there into another buffer.
 """
 
+import dataclasses
 import math
 import pathlib
 from typing import NamedTuple
@@ -18,14 +19,14 @@ import numpy as np
 import torch
 
 import journal
+import signals
 from frames import PackedFrames, RawFrames, moved
 from machine import available_memory
 from run_folder import CHECKPOINT, load_config
-from signals import Stopped
 
 PACKED_BYTES = 5_000  # of a packed frame: an estimate, cartpole has 2,000 and walker 12,000
 WATCHED = 100  # frames between two looks at the memory that is left
-RESERVE_BYTES = 500_000_000  # of memory that must stay free, for a checkpoint among others
+RESERVE_BYTES = 200_000_000  # of memory that must stay free
 
 
 class Batch(NamedTuple):
@@ -120,7 +121,9 @@ class ReplayBuffer:
             return
         if (free := available_memory()) < RESERVE_BYTES:
             size = self.nbytes / 1e9
-            raise Stopped(f"{free / 1e9:.1f} GB of memory are left and the replay has grown to {size:.1f} GB", 1)
+            raise signals.Stopped(
+                f"{free / 1e9:.1f} GB of memory are left and the replay has grown to {size:.1f} GB", 1
+            )
 
     def begin_episode(self, obs):
         """Store the first frame of an episode: the newest of the stacked `obs` (C, H, W)."""
@@ -236,6 +239,8 @@ class ReplayBuffer:
         for position, frame, age, action, reward, terminated in journal.read(folder, files):
             if self._stream == 0:
                 self._stream = position
+            if position % 1000 == 0:  # a million take most of a minute
+                signals.check()
             if age == 0:
                 self.begin_episode(frame)
             else:
@@ -251,7 +256,7 @@ class ReplayBuffer:
         Raises:
             ConfigError: the folder holds no run. FileNotFoundError: it holds no replay.
         """
-        config = load_config(run)
+        config = dataclasses.replace(load_config(run), replay_device="auto")
         folder = pathlib.Path(run) / CHECKPOINT
         header = journal.header_of(folder)
         shape = (header["frame_shape"][0] * config.frame_stack, *header["frame_shape"][1:])

@@ -30,19 +30,38 @@ SILENCE = 1800  # seconds without a word after which a run on a file system with
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-def write_whole(path, text):
-    """Write a text file so that any reader finds the old or the new one, also after a power cut."""
+def write_whole(path, write):
+    """Write a file so that any reader finds the old or the new one, also after a power cut.
+
+    Args:
+        path: of the file.
+        write: function that writes to the open binary file it is given.
+
+    Raises:
+        OSError: it cannot be written; the old one is still there.
+    """
     path = pathlib.Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, "w") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name too
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's own of a full disk is a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:80]
+        raise OSError(f"{path}: not written ({reason})") from None
+
+
+def write_json(path, value):
+    """`write_whole` of a value as JSON."""
+    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
 
 
 def load_args(run):
@@ -86,10 +105,11 @@ def _as_flag(name, value):
 
 
 def load_status(run):
-    """run.json of the run in folder `run`, a dict; empty if there is none."""
+    """run.json of the run in folder `run`, a dict; empty if there is none that is whole."""
     try:
-        return json.loads((pathlib.Path(run) / "run.json").read_text())
-    except (OSError, ValueError):
+        word = json.loads((pathlib.Path(run) / "run.json").read_text())
+        return word if {"state", "step", "num_train_steps", "host", "pid"} <= set(word) else {}
+    except (OSError, TypeError, ValueError):
         return {}
 
 
@@ -125,11 +145,8 @@ def parse_run(args=None):
         old, new = getattr(before, field.name), getattr(config, field.name)
         grows = field.name == "num_train_steps" and new > old
         if old != new and field.name not in UNCHANGING and not grows:
-            right = "may only grow" if field.name == "num_train_steps" else "a flag of a run cannot change"
-            raise ConfigError(
-                f"--{field.name} {show(new)}: the run in {config.run_dir} has {show(old)}; {right}, so give it another "
-                "--run_dir"
-            )
+            right = "it may only grow" if field.name == "num_train_steps" else "a flag of a run cannot change"
+            raise ConfigError(f"--{field.name} {show(new)}: the run has {show(old)} and {right}: {config.run_dir}")
     check(config)
     check_goes_on(config)
     return config, True
@@ -145,7 +162,7 @@ def check_goes_on(config):
     folder, word = pathlib.Path(config.run_dir), load_status(config.run_dir)
     finished = word.get("state") == "finished"
     if word.get("state") == "diverged":
-        raise Over(word["message"], DIVERGED)
+        raise Over(word.get("message", f"{folder}: stopped: diverged"), DIVERGED)
     if finished and config.num_train_steps <= word["num_train_steps"]:
         raise Over(f"{folder}: finished, {word['step']} steps", 0)
     if any((folder / CHECKPOINT).glob("*.json")):
@@ -209,8 +226,10 @@ class RunFolder:
         if continues != (self.path / "args.json").exists():
             self.release()
             raise ConfigError(f"--run_dir {value}: another process has just begun a run there")
-        if continues:
-            check_goes_on(config)  # again: another process may have finished it since
+        if continues:  # what another process has done since the flags were read
+            check_goes_on(config)
+            if load_args(self.path)["num_train_steps"] > config.num_train_steps:
+                raise ConfigError(f"--run_dir {value}: another process has just made this run longer")
 
     def __str__(self):
         return str(self.path)
@@ -270,7 +289,7 @@ class RunFolder:
         else:
             args |= now
         try:
-            write_whole(self.path / "args.json", json.dumps(args, indent=2) + "\n")
+            write_json(self.path / "args.json", args)
         except OSError:
             if self._config.run_dir is None:  # nobody has asked for this folder by its name
                 self.release()
@@ -278,20 +297,24 @@ class RunFolder:
             raise
         self.report(state="running", step=step)
 
-    def report(self, **word):
-        """Put `state`, `step`, `message` or what else is new into run.json: at once a state, a step now and then.
+    def tick(self, step):
+        """Put the step into run.json, now and then; a disk that is full does not matter here."""
+        if time.monotonic() - self._time >= WORDS:
+            with contextlib.suppress(OSError):
+                self.report(step=step)
 
-        A disk that is full does not matter here.
+    def report(self, **word):
+        """Put `state`, `step`, `message` or what else is new into run.json.
+
+        Raises:
+            OSError: it cannot be written.
         """
         self._word.update(word)
-        if "state" not in word and time.monotonic() - self._time < WORDS:
-            return
         self._time = time.monotonic()
         here = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
         c = self._config
         steps = {"env_step": self._word["step"] * c.action_repeat, "num_train_steps": c.num_train_steps}
-        with contextlib.suppress(OSError):
-            write_whole(self.path / "run.json", json.dumps({**self._word, **steps, **here}) + "\n")
+        write_json(self.path / "run.json", {**self._word, **steps, **here})
 
     def release(self):
         """Let another process write here."""

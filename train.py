@@ -14,9 +14,9 @@ import signals
 if __name__ == "__main__":
     signals.listen()  # before the seconds that the other imports take
 
+import contextlib
 import dataclasses
 import os
-import shutil
 import time
 
 import torch
@@ -25,8 +25,8 @@ import dmc2gym
 from agent import make_agent
 from checkpoint import Checkpoints, save_model
 from config import ConfigError, exit_with, leave
-from env_worker import open_env, open_eval_envs
-from evaluate import choose_device, eval_seed, evaluate, summary
+from env_worker import WorkerDeath, open_env, open_eval_envs
+from evaluate import check_machine, choose_device, eval_seed, evaluate, summary
 from logger import Logger, prepare_console
 from machine import bf16_time_ratio, keep_freed_memory, limit_threads
 from replay_buffer import ReplayBuffer
@@ -102,7 +102,7 @@ def train(config, folder, env, eval_envs, replay, agent, logger, progress, check
 
         progress.step = step + 1
         logger.progress(progress.step)
-        folder.report(step=progress.step)
+        folder.tick(progress.step)
 
     run_evaluation(config, folder, eval_envs, agent, logger, progress, checkpoints)
 
@@ -134,15 +134,6 @@ def check(env, eval_envs, replay):
     replay.check_memory()
 
 
-def check_machine(config, device):
-    """Raise `ConfigError` if this machine lacks what a flag needs."""
-    if config.replay_device == "cuda" and device.type != "cuda":
-        raise ConfigError(f"--replay_device cuda: the networks run on {device}; use auto or cpu")
-    variable, compiler = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
-    if config.compile and not shutil.which(os.environ.get(variable, compiler)):
-        raise ConfigError(f"--compile: needs a compiler and finds none; install {compiler}")
-
-
 def build(config, device):
     """Environment to train in, those to evaluate in, replay and agent: everything random seeded by `config.seed`."""
     seed_everything(config.seed)
@@ -150,6 +141,7 @@ def build(config, device):
         dmc2gym.select_gl_backend()  # a run on states draws nothing else
     env, eval_envs = open_env(config, config.seed), open_eval_envs(config, config.num_eval_episodes)
     env.action_space.seed(config.seed)
+    signals.check()  # what came so far has taken seconds, and what follows does
     action_dim = env.action_space.shape[0]
     replay = ReplayBuffer(config, env.observation_space, action_dim, device)
     agent = make_agent(config, env.observation_space.shape, action_dim, device)
@@ -183,6 +175,7 @@ def finish(config, folder, agent, logger, progress, checkpoints):
 
 def prepare():
     """Check, build and restore everything that `train` needs. Bad input: one line, exit code 2, nothing created."""
+    signals.check()
     config, continues = parse_run()
     device = choose_device(config.device)
     check_machine(config, device)
@@ -222,7 +215,9 @@ def main():
         leave(str(over), over.code)
     except signals.Stopped as stop:
         leave(f"train.py: stopped before it began: {stop}", stop.code)
-    except (ConfigError, dmc2gym.EnvError, MemoryError, OSError) as error:
+    except (WorkerDeath, OSError) as error:  # a full disk; no fault of the flags
+        leave(f"train.py: stopped before it began: {error}", 1)
+    except (ConfigError, dmc2gym.EnvError, MemoryError) as error:
         exit_with(error)
 
     config, folder, _, _, _, agent, logger, progress, checkpoints = run
@@ -238,11 +233,12 @@ def main():
         state, code, why = "stopped", stop.code, f"{stop}; --run_dir {folder} goes on at step {progress.step}"
     except FloatingPointError as error:
         state, code, why = "diverged", DIVERGED, logger.explain(error)
-    except (dmc2gym.EnvError, OSError) as error:  # a full disk too
+    except (dmc2gym.EnvError, MemoryError, OSError) as error:  # a full disk too
         state, code, why = "stopped", 1, error
     finally:
         logger.close()
-    folder.report(state=state, step=progress.step, message=f"{folder}: stopped: {why}")
+    with contextlib.suppress(OSError):
+        folder.report(state=state, step=progress.step, message=f"{folder}: stopped: {why}")
     leave(f"{folder}: stopped: {why}", code)
 
 

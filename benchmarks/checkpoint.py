@@ -68,23 +68,25 @@ def play(replay, rows):
 
 
 def make(config, folder, device):
-    """(checkpoints, env, replay) of a run that would write to `folder`."""
+    """(checkpoints, env, replay, agent) of a run that would write to `folder`."""
     env, _, replay, agent = train.build(config, device)
     replay.open_journal(folder / "checkpoint")
-    parts = {"agent": agent, **agent.optimizers, "replay": replay, "randomness": GlobalRandomness()}
-    return Checkpoints(folder, parts, config.checkpoint_minutes, {}, print), env, replay
+    parts = {"agent": agent, **agent.optimizers, "replay": replay, "env": env, "randomness": GlobalRandomness()}
+    return Checkpoints(folder, parts, config.checkpoint_minutes, {}, print), env, replay, agent
 
 
 def measure(args, config, folder):
     """Print the figures."""
     device = choose_device(config.device)
-    checkpoints, env, replay = make(config, folder, device)
+    checkpoints, env, replay, agent = make(config, folder, device)
     episodes = [episode(env) for _ in range(args.episodes)]
     seconds, transitions = 0.0, 0
     while transitions < args.transitions:
         rows = episodes[transitions % len(episodes)]
         seconds += play(replay, rows)
         transitions += len(rows) - 1
+    agent.update(agent.augment(replay.sample(config.batch_size)), 0)  # optimizers have a state from here
+    env.reset()
     saves = []
     for _ in range(args.saves):
         start = time.perf_counter()
@@ -92,7 +94,7 @@ def measure(args, config, folder):
         saves.append(time.perf_counter() - start)
         play(replay, episodes[0])
     start = time.perf_counter()
-    again, _, _ = make(config, folder, device)
+    again, *_ = make(config, folder, device)
     built = time.perf_counter() - start
     start = time.perf_counter()
     again.load()
@@ -104,7 +106,7 @@ def measure(args, config, folder):
     print(f"journal: {seconds / transitions * 1e6:.0f} us a transition, stored and written")
     print(f"networks and optimizers {sizes['.pt'] / 2e6:.0f} MB, twice")
     per_transition = sizes[".replay"] / (transitions + args.saves * (len(episodes[0]) - 1))
-    print(f"replay on disk {per_transition / 1e3:.2f} KB a transition, {per_transition / 1e4:.0f} MB per 100,000")
+    print(f"replay on disk {per_transition / 1e3:.2f} KB a transition, {per_transition / 10:.0f} MB per 100,000")
     print(f"process {psutil.Process().memory_info().rss / 1e9:.2f} GB")
     print(f"replay in memory {replay.nbytes / transitions / 1e3:.2f} KB a transition ({replay.description})")
 

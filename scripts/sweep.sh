@@ -6,7 +6,7 @@
 #   ONLY=default TASKS="walker-walk cheetah-run" SEEDS="0 1" scripts/sweep.sh --batch_size 512     more flags to each run
 #
 # Each variant has its own folder, $WORK_DIR/<variant>/. A run whose folder is already there is skipped: remove the
-# folder of a killed run to start it again, and give runs with other flags another WORK_DIR.
+# folder of a killed run to start it again (or go on with train.py --run_dir), and give runs with other flags another WORK_DIR.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

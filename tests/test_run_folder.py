@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from test_resume import STATES, rows
+from test_resume import STATES, curves, rows
 
 import run_folder
 import train
@@ -43,7 +43,10 @@ def test_a_finished_run_says_so(begun, call):
 
 
 def test_a_run_grows(begun, tmp_path, call):
-    """If it was kept: to the result of a run that was as long from the beginning, its old last evaluation aside."""
+    """If it was kept: to the result of a run that was as long from the beginning, its old last evaluation aside.
+
+    (That one also ends an interval of readings, which here is at its end anyhow.)
+    """
     shutil.copytree(begun, tmp_path / "copy")
     longer = "--num_train_steps 26"
     result = call("train.py", f"{longer} --run_dir {tmp_path}/copy/finished")
@@ -68,10 +71,10 @@ def test_which_flags_may_change(begun, monkeypatch):
     config, continues = parse_run(f"--num_train_steps 20 --save_video {run_dir}".split())
     assert continues and config.save_video and config.batch_size == 4 and config.num_train_steps == 20
     for flags, line in (
-        ("--batch_size 8", f"--batch_size 8: the run in {begun}/kept has 4; a flag of a run cannot change"),
-        ("--num_train_steps 15", f"--num_train_steps 15: the run in {begun}/kept has 16; may only grow"),
-        ("--agent cody_sac", f"--agent cody_sac: the run in {begun}/kept has sac; a flag of a run cannot change"),
-        ("--omega_cody_loss 0.1", f"--omega_cody_loss 0.1: the run in {begun}/kept has 0.001; a flag of"),
+        ("--batch_size 8", f"--batch_size 8: the run has 4 and a flag of a run cannot change: {begun}/kept"),
+        ("--num_train_steps 15", f"--num_train_steps 15: the run has 16 and it may only grow: {begun}/kept"),
+        ("--agent cody_sac", f"--agent cody_sac: the run has sac and a flag of a run cannot change: {begun}/kept"),
+        ("--omega_cody_loss 0.1", "--omega_cody_loss 0.1: the run has 0.001 and a flag of"),
         ("--work_dir a", "--work_dir a: has no effect with --run_dir"),
     ):
         with pytest.raises(ConfigError) as error:
@@ -224,17 +227,54 @@ def test_the_end_of_memory(begun, tmp_path, monkeypatch, call):
     assert rows(tmp_path / "run" / "train.log") == rows(begun / "finished" / "train.log")
 
 
-def test_a_folder_that_was_moved_and_a_clock_that_was_set_back(begun, tmp_path, monkeypatch, call):
-    room = iter(range(7))
+@pytest.mark.parametrize("killed_in", ["finish", "grow"])
+def test_no_room_for_the_last_word(begun, tmp_path, monkeypatch, call, killed_in):
+    """run.json cannot say that the run is finished, or that it goes on: nothing is freed, nothing is taken for done."""
+    flags = f"{SHORT} --run_dir {tmp_path}/run"
+    if killed_in == "grow":
+        shutil.copytree(begun / "kept", tmp_path / "run")
+        flags = f"--num_train_steps 26 --run_dir {tmp_path}/run"
+    write = run_folder.write_json
+
+    def no_room(path, value):
+        if value.get("state") == ("finished" if killed_in == "finish" else "running"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_json", no_room)
+        result = call("train.py", flags)
+    assert result.returncode == 1 and "stopped" in result.stderr and "No space left" in result.stderr
+    result = call("train.py", f"--run_dir {tmp_path}/run")
+    assert result.returncode == 0 and "goes on at step 16" in result.stdout, result.stderr
+    assert load_status(tmp_path / "run")["step"] == (16 if killed_in == "finish" else 26)
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '{"state": "finished"}', '{"state": "diverged"}', '{"sta', ""])
+def test_an_odd_status(begun, tmp_path, call, text):
+    """It counts as none, and the checkpoint decides."""
+    shutil.copytree(begun / "kept", tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(text)
+    result = call("train.py", f"--run_dir {tmp_path}/run")
+    assert result.returncode == 0 and "goes on at step 16" in result.stdout
+
+
+def test_a_folder_that_was_moved_and_a_clock_that_was_set_back(tmp_path, monkeypatch, call):
+    """TensorBoard's files are named by the time."""
+    flags = f"{SHORT} --save_tb"
+    assert call("train.py", f"{flags} --run_dir {tmp_path}/whole").returncode == 0
+    room = iter(range(12))
     with monkeypatch.context() as patch:
         patch.setattr(ReplayBuffer, "check_memory", lambda self: next(room))
         with pytest.raises(StopIteration):
-            call("train.py", f"{SHORT} --run_dir {tmp_path}/a")
+            call("train.py", f"{flags} --run_dir {tmp_path}/a")
     shutil.move(tmp_path / "a", tmp_path / "elsewhere" / "b")
     monkeypatch.setattr(time, "time", lambda real=time.time: real() - 1e6)
-    result = call("train.py", f"{SHORT} --run_dir {tmp_path}/elsewhere/b")
-    assert result.returncode == 0 and "goes on at step 6" in result.stdout
-    assert rows(tmp_path / "elsewhere" / "b" / "train.log") == rows(begun / "finished" / "train.log")
+    result = call("train.py", f"--run_dir {tmp_path}/elsewhere/b")
+    assert result.returncode == 0 and "goes on at step 11" in result.stdout
+    moved = tmp_path / "elsewhere" / "b"
+    assert rows(moved / "train.log") == rows(tmp_path / "whole" / "train.log")
+    assert curves(moved / "tb") == curves(tmp_path / "whole" / "tb") and len(list((moved / "tb").iterdir())) == 2
 
 
 def test_another_thread_count(begun, tmp_path, monkeypatch, call):

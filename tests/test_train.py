@@ -283,7 +283,8 @@ def test_training_on_a_full_disk(tmp_path, monkeypatch, call, name):
 def test_no_room_for_a_run(tmp_path, monkeypatch, call):
     monkeypatch.setattr(RunFolder, "begin", on_a_full_disk(RunFolder.begin))
     result = call("train.py", f"{SMALL} --work_dir {tmp_path}")
-    assert result.returncode == 2 and result.stderr == "train.py: error: [Errno 27] File too large\n"
+    assert result.returncode == 1 and result.stderr.startswith("train.py: stopped before it began: ")
+    assert result.stderr.endswith("/args.json: not written (File too large)\n") and result.stderr.count("\n") == 1
     assert list((tmp_path / "cartpole-swingup").iterdir()) == []
 
 
