@@ -140,7 +140,7 @@ class ReplayBuffer:
 
     def _write(self, obs, age, action, reward, terminated):
         """The newest frame of `obs` into the next slot, and into the journal with what led to it."""
-        frame = np.array(obs[-self._frame_shape[0] :])  # a copy: the environment's is drawn over
+        frame = np.asarray(obs)[-self._frame_shape[0] :].copy()  # the environment's is drawn over
         if age == 0:
             self._first = frame
         slot = self._stream % self.slots

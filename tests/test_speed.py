@@ -21,6 +21,7 @@ from dmc2gym import EnvError
 from encoder import CachedEncoder, ConvNet
 from env_worker import SerialEnv, WorkerEnv
 from sac import squashed_sample
+from signals import Stopped
 from utils import soft_update
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -236,7 +237,28 @@ def test_worker_steps_beside_its_caller():
     assert np.array_equal(obs, expected[0]) and rest == list(expected[1:])
     assert np.array_equal(here.draw(32, 48), there.draw(32, 48))
     there.close()
-    with pytest.raises(EnvError, match="an environment worker has ended with exit code 0"):
+
+
+def test_a_worker_that_dies_is_replaced_once():
+    """In the middle of a step: the next one comes to the same state and gives what the first would have given."""
+    config = parse(["--action_repeat", "10", "--image_size", "32"])
+    here, there = SerialEnv(config, 5), WorkerEnv(config, 5)
+    assert np.array_equal(here.reset(), there.reset())
+    for step in range(6):
+        action = here.action_space.sample()
+        for env in (here, there):
+            env.start(action)
+        if step == 3:
+            there.check()
+            there._process.kill()
+        (obs, *rest), (expected, *others) = there.finish(), here.finish()
+        assert np.array_equal(obs, expected) and rest == others
+    with pytest.raises(Stopped, match="an environment worker has ended with exit code -9"):
+        there.check()
+    assert np.array_equal(here.reset(), there.reset())
+    assert there.state_dict()["episode"] == here.state_dict()["episode"]
+    there._process.kill()
+    with pytest.raises(EnvError, match="an environment worker has ended with exit code -9"):
         there.reset()
 
 
