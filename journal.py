@@ -13,7 +13,7 @@ import pathlib
 
 import numpy as np
 
-from frames import pack, unpack
+from frames import flat, pack, unpack
 
 SEGMENT_BYTES = 1 << 26
 SUFFIX = ".replay"
@@ -45,12 +45,12 @@ class Journal:
         self._folder = pathlib.Path(folder)
         self._header = {"frame_shape": list(frame_shape), "dtype": np.dtype(dtype).name, "action_dim": action_dim}
         self._record = np.zeros((), record_type(action_dim))
-        self._zeros = np.zeros(frame_shape, dtype)
+        self._zeros = flat(np.zeros(frame_shape, dtype))
         self._full = {}  # file name -> (bytes, sha256) of the segments before the one that is written
         self._file = None
 
     def append(self, position, frame, first, age, action, reward, terminated):
-        """Add the frame at `position` of the stream, the episode's `first` frame, and the transition that led here."""
+        """Add the frame at this position of the stream, with `flat` of its episode's first and what led to it."""
         if self._file is None or (age == 0 and self._size > SEGMENT_BYTES):
             self._begin_segment(position)
         packed = pack(frame, first if age else self._zeros)
@@ -142,15 +142,15 @@ def read(folder, files=None):
         header = json.loads(data[:start])
         kind = record_type(header["action_dim"])
         shape, dtype, position = header["frame_shape"], header["dtype"], header["position"]
-        first = np.zeros(shape, dtype)
+        first = zeros = flat(np.zeros(shape, dtype))
         while len(data) >= start + kind.itemsize:
             record = np.frombuffer(data, kind, 1, start)[0]
             start, end = start + kind.itemsize, start + kind.itemsize + int(record["size"])
             if end > len(data):
                 break
             frame = np.empty(shape, dtype)
-            unpack(data[start:end], first if record["age"] else np.zeros(shape, dtype), frame)
-            first = first if record["age"] else frame
+            unpack(data[start:end], first if record["age"] else zeros, frame)
+            first = first if record["age"] else flat(frame)
             yield (
                 position,
                 frame,

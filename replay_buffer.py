@@ -20,7 +20,7 @@ import torch
 
 import journal
 import signals
-from frames import PackedFrames, RawFrames, moved
+from frames import PackedFrames, RawFrames, flat, moved
 from machine import available_memory
 from run_folder import CHECKPOINT, load_config
 
@@ -142,7 +142,7 @@ class ReplayBuffer:
         """The newest frame of `obs` into the next slot, and into the journal with what led to it."""
         frame = np.asarray(obs)[-self._frame_shape[0] :].copy()  # the environment's is drawn over
         if age == 0:
-            self._first = frame
+            self._first = flat(frame)
         slot = self._stream % self.slots
         self._frames.write(slot, frame, self._first)
         self._ages[slot] = age

@@ -108,7 +108,7 @@ def measure(args, config, folder):
     per_transition = sizes[".replay"] / (transitions + args.saves * (len(episodes[0]) - 1))
     print(f"replay on disk {per_transition / 1e3:.2f} KB a transition, {per_transition / 10:.0f} MB per 100,000")
     print(f"process {psutil.Process().memory_info().rss / 1e9:.2f} GB")
-    print(f"replay in memory {replay.nbytes / transitions / 1e3:.2f} KB a transition ({replay.description})")
+    print(f"replay in memory {replay.nbytes / replay.slots / 1e3:.2f} KB a transition ({replay.description})")
 
 
 def main():
@@ -116,7 +116,8 @@ def main():
     limit_threads()
     try:
         args = parse_flags(Args)
-        config = parse(f"--num_train_steps {args.transitions + 10_000} --no_env_worker {args.flags}".split())
+        capacity = f"--replay_buffer_capacity {args.transitions}"
+        config = parse(f"{capacity} --num_train_steps {args.transitions + 10_000} --no_env_worker {args.flags}".split())
         print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, commit {git_commit()}", flush=True)
         with tempfile.TemporaryDirectory(dir=".") as folder:
             (pathlib.Path(folder) / "checkpoint").mkdir()
