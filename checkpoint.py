@@ -144,7 +144,7 @@ class Checkpoints:
                 for part, what in self._parts.items():
                     what.load_state_dict(state[part])
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                reason = str(error).splitlines()[0][:80]
+                reason = (str(error).splitlines() or [""])[0][:80]
                 raise ConfigError(f"{self._folder}: made by another version of this code ({reason})") from None
             before, now = _flat(made_with), _flat(self._made_with)
             changes = [

@@ -1,7 +1,7 @@
 """The stream of a replay on disk, only ever appended to.
 
 Segments <position>.replay, each beginning with an episode: one line of JSON (`frame_shape`, `dtype`, `action_dim`,
-`position` of its first frame in the stream), then a record a frame: `Journal.record` and `size` bytes of the packed
+`position` of its first frame in the stream), then for each frame a `record_type` and `size` bytes of the packed
 frame (see frames.py; the first frame of an episode is packed against zeros). A record holds what led to its frame,
 so it is complete when it is written.
 """
@@ -97,11 +97,6 @@ class Journal:
         self._sum = hashlib.sha256()
         while block := self._file.read(1 << 20):
             self._sum.update(block)
-
-    def close(self):
-        """Write what is left to the system."""
-        if self._file:
-            self._file.close()
 
 
 def _position(name):

@@ -24,7 +24,7 @@ from frames import PackedFrames, RawFrames, flat, moved
 from machine import available_memory
 from run_folder import CHECKPOINT, load_config
 
-PACKED_BYTES = 5_000  # of a packed frame: an estimate, cartpole has 2,000 and walker 12,000
+PACKED_BYTES = 5_000  # of a packed frame: an estimate, cartpole has 1,600 and walker 11,000
 WATCHED = 100  # frames between two looks at the memory that is left
 RESERVE_BYTES = 200_000_000  # of memory that must stay free
 
