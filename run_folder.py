@@ -5,6 +5,8 @@ run.json     one small object, whole at any moment: `state` (running, stopped, f
              `num_train_steps`, `time` of the last word (seconds since 1970), `host`, `pid`, `message` of its end
 lock         held by the process that writes here
 train.log, eval.log, tb/, video/, model/, checkpoint/
+
+A folder of runs may hold sweep.json, which names those that are to be there.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import os
 import pathlib
 import shutil
 import socket
+import struct
 import sys
 import time
 
@@ -111,6 +114,70 @@ def load_status(run):
         return word if {"state", "step", "num_train_steps", "host", "pid"} <= set(word) else {}
     except (OSError, TypeError, ValueError):
         return {}
+
+
+def load_rows(run, name):
+    """Rows of train.log or eval.log in folder `run`, a list of dicts; a last one that is half written is left out."""
+    try:
+        lines = (pathlib.Path(run) / name).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def find_runs(folder):
+    """Folders of the runs in `folder` and below it: those that a sweep.json names, begun or not, then the others."""
+    found = {}
+    for sweep in sorted(pathlib.Path(folder).rglob("sweep.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found |= {sweep.parent / run["folder"]: None for run in json.loads(sweep.read_text())["runs"]}
+    found |= {args.parent: None for args in sorted(pathlib.Path(folder).rglob("args.json"))}
+    return list(found)
+
+
+def load_state(run):
+    """How the run in folder `run` stands: missing, running, killed, stopped, diverged or finished.
+
+    "killed": it says that it is running, but no process writes there. "stopped" by a signal or an error: run.json
+    tells. A run that has kept its logs alone is finished if it was evaluated at its end.
+    """
+    run = pathlib.Path(run)
+    if not (run / "args.json").exists():
+        return "missing"
+    if word := load_status(run):
+        return word["state"] if word["state"] != "running" or is_written(run) else "killed"
+    rows = load_rows(run, "eval.log")
+    return "finished" if rows and rows[-1]["step"] >= load_args(run)["num_train_steps"] else "stopped"
+
+
+def is_written(run):
+    """Whether a process, on whatever host, writes in folder `run`; asks for its lock without taking it."""
+    try:
+        with open(pathlib.Path(run) / "lock", "rb") as lock:
+            question = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
+            return struct.unpack("hhqqi", fcntl.fcntl(lock, fcntl.F_GETLK, question))[0] != fcntl.F_UNLCK
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return _seems_alive(run)
+
+
+def _seems_alive(run):
+    """Where the file system has no locks: whether run.json speaks of a process that may still be there."""
+    run, word = pathlib.Path(run), load_status(run)
+    if word.get("state") != "running":
+        return False
+    if word["host"] == socket.gethostname() and (word["pid"] == os.getpid() or not psutil.pid_exists(word["pid"])):
+        return False
+    probe = run / "lock"
+    probe.touch()  # the file server's clock tells both times
+    return probe.stat().st_mtime - (run / "run.json").stat().st_mtime < SILENCE
 
 
 class Over(Exception):
@@ -256,7 +323,7 @@ class RunFolder:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in NO_LOCKS:
-                busy = self._seems_alive()
+                busy = _seems_alive(self.path)
             elif error.errno in (errno.EACCES, errno.EAGAIN):
                 busy = True
             else:
@@ -267,17 +334,6 @@ class RunFolder:
                 who = f" (pid {word['pid']} on {word['host']})" if "pid" in word else ""
                 raise ConfigError(f"--run_dir {self.path}: another process{who} is writing this run") from None
         return lock
-
-    def _seems_alive(self):
-        """Where the file system has no locks: whether run.json speaks of a process that may still be there."""
-        word = load_status(self.path)
-        if word.get("state") != "running":
-            return False
-        if word["host"] == socket.gethostname() and (word["pid"] == os.getpid() or not psutil.pid_exists(word["pid"])):
-            return False
-        probe = self.path / "lock"
-        probe.touch()  # the file server's clock tells both times
-        return probe.stat().st_mtime - (self.path / "run.json").stat().st_mtime < SILENCE
 
     def begin(self, step, made_with):
         """Say in args.json that the run begins, or goes on at `step`; `made_with`: see `provenance`."""
