@@ -12,13 +12,13 @@ FILES = {path.stem: path for path in ROOT.glob("*.py")}
 FLOORS = [
     {"augment", "config", "frames", "logger", "machine", "signals"},
     {"dmc2gym", "journal", "run_folder", "video"},
-    {"env_worker", "utils"},
+    {"env_worker", "scores", "utils"},
     {"encoder"},
     {"checkpoint", "replay_buffer"},
     {"sac", "cody", "decoder"},
     {"agent"},
     {"evaluate"},
-    {"train"},
+    {"plot", "train"},
 ]
 
 

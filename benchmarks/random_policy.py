@@ -1,0 +1,69 @@
+"""Return of the uniformly random policy, which a learning curve has to leave behind.
+
+    python benchmarks/random_policy.py
+    python benchmarks/random_policy.py --tasks hopper-hop,cartpole-balance
+
+Prints rows of results/published_scores.csv: one action drawn for each decision at the task table's action repeat, mean
+and sample standard deviation over episodes. They are no seeds, so that the column of the seeds is empty.
+"""
+
+import csv
+import dataclasses
+import pathlib
+import statistics
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from config import TASK_TABLE, Config, ConfigError, complete, exit_with, parse_flags  # noqa: E402
+from dmc2gym import EnvError, make  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Measure the uniformly random policy."""
+
+    tasks: str = ",".join(f"{domain}-{task}" for domain, task in TASK_TABLE)
+    """<domain>-<task>, comma between."""
+    num_episodes: int = 100
+    """Episodes of each task, of 1,000 environment steps."""
+
+
+def random_returns(task, num_episodes):
+    """Undiscounted returns of that many episodes, a list of floats; nothing is drawn. `EnvError`: no such task."""
+    domain_name, _, task_name = task.partition("-")
+    repeat = complete(Config(domain_name=domain_name, task_name=task_name)).action_repeat
+    env = make(domain_name, task_name, seed=0, frame_skip=repeat)
+    env.action_space.seed(0)
+    returns = []
+    for _ in range(num_episodes):
+        env.reset()
+        returns.append(0.0)
+        over = False
+        while not over:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            returns[-1] += reward
+            over = terminated or truncated
+    return returns
+
+
+def main():
+    """The command."""
+    try:
+        args = parse_flags(Args)
+        if args.num_episodes < 2:
+            raise ConfigError(f"--num_episodes {args.num_episodes}: must be at least 2, for a standard deviation")
+        source = f"this project, {args.num_episodes} episodes: python benchmarks/random_policy.py"
+        rows = csv.writer(sys.stdout, lineterminator="\n")
+        rows.writerow("method env_steps task mean std seeds source".split())
+        for task in args.tasks.split(","):
+            returns = random_returns(task, args.num_episodes)
+            mean, std = statistics.mean(returns), statistics.stdev(returns)
+            rows.writerow(["random policy", 0, task.replace("-", "_"), f"{mean:.1f}", f"{std:.1f}", "", source])
+            sys.stdout.flush()
+    except (ConfigError, EnvError) as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,423 @@
+"""Learning curves, a table beside published numbers, or diagnostics, from folders of runs and files of public curves.
+
+python plot.py runs/omega --hue omega_cody_loss
+python plot.py runs/dmc6 --table 100000 500000
+python plot.py runs/omega dmc_planet_bench.csv --out figures/omega
+python plot.py runs/omega --diagnostics
+
+What the files hold and how intervals and differences are computed: docs/plotting.md.
+"""
+
+import dataclasses
+import io
+import math
+import os
+import pathlib
+import sys
+import textwrap
+from typing import Literal
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import tyro
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
+
+from config import ConfigError, exit_with, parse_flags
+from run_folder import check_writable, load_rows, write_whole
+from scores import (
+    EVALUATION,
+    STATISTICS,
+    aligned,
+    begun,
+    by_seed,
+    compare,
+    in_words,
+    interval,
+    published_scores,
+    read_scores,
+    remarks,
+    troubles,
+    varied,
+    with_curves,
+)
+
+DIAGNOSTICS = {
+    "mi_bound": "MI bound (nats)",
+    "kl": "KL (nats)",
+    "latent_rank": "latent rank",
+    "grad_ratio": "gradient ratio",
+}
+SMOOTHING = 10  # training episodes
+STYLES = ["-", (0, (5, 1)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (8, 2)), (0, (4, 1, 1, 1, 1, 1)), (0, (2, 1))]
+MARKERS = "osD^vPX*<>"
+FONT = 7  # points
+THEME = {
+    **dict.fromkeys(["axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize"], FONT),
+    **dict.fromkeys(["legend.fontsize", "legend.title_fontsize"], FONT - 0.5),
+    **dict.fromkeys(["axes.linewidth", "grid.linewidth", "xtick.major.width", "ytick.major.width"], 0.5),
+    **dict.fromkeys(["xtick.minor.width", "ytick.minor.width"], 0.5),
+    **dict.fromkeys(["xtick.major.size", "ytick.major.size"], 3),
+    **dict.fromkeys(["xtick.minor.size", "ytick.minor.size"], 2),
+    **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
+    "axes.grid": True,
+    "legend.handlelength": 3,
+    "pdf.fonttype": 42,  # TrueType, as journals ask
+    "savefig.dpi": 300,
+}
+MADE_BY = "plot.py of CoDy"  # in every picture and table that may be written over
+TABLE = "task env_step method statistic value low high std n note source protocol".split()  # columns of its CSV
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Plot learning curves, or write a table or diagnostics instead."""
+
+    paths: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of runs (any depth), public curves (drq's .csv, dreamerv3's .json.gz) or curves.csv of this command."""
+    hue: str | None = None
+    """What a curve is: a flag's name, several with commas between, agent, or variant, the folder above
+    <task>/s<seed>. None: variant where all runs lie so, else the flags that differ, else agent."""
+    statistic: Literal["mean", "iqm"] = "mean"
+    """Of the thick line, over seeds: mean, as published numbers are, or interquartile mean."""
+    table: tuple[int, ...] | None = None
+    """Table at these environment steps; at the last that all runs have reached if none is named."""
+    diagnostics: bool = False
+    """MI bound, KL, latent rank and gradient ratio against the training return, each seed."""
+    out: str | None = None
+    """Path of the files without their endings. None: curves, table or diagnostics in the first folder."""
+
+
+def looks(curves):
+    """{curve: (colour, line style, marker)}, told apart by colour-blind people and in grey print."""
+    colours = sns.color_palette("colorblind", 10)
+    return {
+        curve: (colours[i % len(colours)], STYLES[i % len(STYLES)], MARKERS[i % len(MARKERS)])
+        for i, curve in enumerate(curves)
+    }
+
+
+def panels(rows, columns, height, **kwargs):
+    """Figure as wide as a column or a page of a paper, and its axes; `height` of a row in inches."""
+    sns.set_theme(context="paper", style="ticks", rc=THEME)
+    width = {1: 3.3, 2: 5.0}.get(columns, 6.9)
+    return plt.subplots(rows, columns, figsize=(width, height * rows), squeeze=False, layout="constrained", **kwargs)
+
+
+def draw_legend(figure, handles, title=None):
+    """A legend below the panels, its labels wrapped to the figure's width; the figure grows by its height."""
+    width = int(figure.get_figwidth() * 19)  # characters
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = max(1, min(4, len(handles), width // (longest + 9)))  # 9: the line, and space
+    labels = [textwrap.fill(handle.get_label(), width // columns - 9) for handle in handles]
+    lines = [label.count("\n") + 1.2 for label in labels]
+    in_column = math.ceil(len(labels) / columns)
+    height = max(sum(lines[i : i + in_column]) for i in range(0, len(lines), in_column)) + (title is not None)
+    figure.set_figheight(figure.get_figheight() + (height + 1) * 1.2 * FONT / 72)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
+
+
+def legend_label(frame, curve):
+    """The curve, its number of seeds and what is wrong with which, in numbers alone where the words would be many."""
+    tasks = frame["task"].unique()
+    parts = {task: frame[(frame["curve"] == curve) & (frame["task"] == task)] for task in tasks}
+    counts = [begun(part)["seed"].nunique() for part in parts.values()]
+    n = f"n = {min(counts)}" + f" to {max(counts)}" * (max(counts) > min(counts))
+    found = {task: troubles(part) for task, part in parts.items()}
+    words = [f"{in_words(runs)}" + f" on {task}" * (len(tasks) > 1) for task, runs in found.items() if runs]
+    if len(words) > 2:
+        states = pd.Series([what.split()[0] for runs in found.values() for _, what in runs]).value_counts(sort=False)
+        words = [f"{count} run{'s' * (count > 1)} {state}" for state, count in states.items()]
+    return f"{curve} ({'; '.join([n, *words])})"
+
+
+def draw_curves(frame, names, statistic):
+    """Figure: a panel a task, a thin line a seed, a thick one for the statistic of each curve, with its interval."""
+    tasks, styles = frame["task"].unique(), looks(frame["curve"].unique())
+    columns = min(3, len(tasks))
+    figure, axes = panels(math.ceil(len(tasks) / columns), columns, 2.0, sharex=True, sharey=True)
+    at_random = published_scores().query("method == 'random policy'").set_index("task")["mean"]
+    random_look = {"color": "0.45", "linestyle": (0, (3, 2)), "linewidth": 0.8}
+    for i, axis in enumerate(axes.flat):
+        if i >= len(tasks):
+            axis.set_visible(False)
+            continue
+        axis.set_title(tasks[i])
+        axis.set_ylabel("evaluation return" if i % columns == 0 else None)
+        if i + columns >= len(tasks):  # the lowest of its column
+            axis.set_xlabel("environment steps")
+            axis.tick_params(labelbottom=True)
+        if tasks[i] in at_random:
+            axis.axhline(at_random[tasks[i]], zorder=1, **random_look)
+        for k, (curve, (colour, line, marker)) in enumerate(styles.items()):
+            scores = by_seed(frame[(frame["curve"] == curve) & (frame["task"] == tasks[i])])
+            for seed in scores:
+                axis.plot(scores[seed].dropna(), color=colour, linewidth=0.5, alpha=0.5)
+            common = aligned(scores)
+            if len(common):
+                thick = STATISTICS[statistic](common.to_numpy())
+                every = (k % 3, max(1, len(common) // 8))
+                look = {"color": colour, "linestyle": line, "linewidth": 1.2, "marker": marker, "markersize": 2.5}
+                axis.plot(common.index, thick, markevery=every, **look)
+                low, high = np.transpose([interval(row[:, None], statistic) for row in common.to_numpy()])
+                axis.fill_between(common.index, low, high, color=colour, alpha=0.18, linewidth=0)
+    ours = begun(frame[frame["state"] != "published"])
+    end = (ours if len(ours) else frame)["env_step"].max()  # public curves go on for millions
+    axes[0, 0].set(xlim=(0, max(1, end) * 1.02), ylim=(-20, 1020), yticks=range(0, 1001, 250))
+    axes[0, 0].xaxis.set_major_formatter(EngFormatter(sep=""))
+    handles = [
+        Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=3, label=legend_label(frame, curve))
+        for curve, (colour, line, marker) in styles.items()
+    ]
+    if set(tasks) & set(at_random.index):
+        handles.append(Line2D([], [], label="uniformly random policy", **random_look))
+    draw_legend(figure, handles, None if names in (["variant"], ["agent"]) else ", ".join(names))
+    return figure
+
+
+def training_log(run):
+    """train.log of a run, smoothed: a row an episode, columns env_step, episode_reward and those of DIAGNOSTICS."""
+    log = pd.DataFrame(load_rows(run, "train.log"))
+    log = log.rename(columns=dict.fromkeys(["encoder_grad_ratio", "latent_grad_ratio"], "grad_ratio"))  # joint: latent
+    log = log.reindex(columns=["env_step", "episode_reward", *DIAGNOSTICS]).astype(float)
+    return log.assign(**log.drop(columns="env_step").rolling(SMOOTHING, min_periods=1).mean())
+
+
+def draw_diagnostics(frame):
+    """Figure: two rows a task, each diagnostic over environment steps and, below, over the training return.
+
+    Raises:
+        ConfigError: no run has logged any of them.
+    """
+    runs = frame[~frame["state"].isin(["published", "missing"])].drop_duplicates("run")
+    logs = {run: training_log(run) for run in runs["run"]}
+    names = [name for name in DIAGNOSTICS if any(log[name].notna().any() for log in logs.values())]
+    if not names:
+        raise ConfigError("--diagnostics: no train.log here has any of them; runs of --agent cody_sac log them")
+    for run, log in logs.items():
+        if not log[names].notna().any(axis=None):
+            print(f"{run}: has logged none of them")
+    tasks, seeds = runs["task"].unique(), sorted(runs["seed"].unique())
+    styles = looks(runs["curve"].unique())
+    dashes = {seed: STYLES[i % len(STYLES)] for i, seed in enumerate(seeds)}
+    figure, axes = panels(2 * len(tasks), len(names), 1.4)
+    for (top, bottom), task in zip(axes.reshape(-1, 2, len(names)), tasks, strict=True):
+        top[0].set_ylabel(task)
+        for over_steps, over_return, name in zip(top, bottom, names, strict=True):
+            over_return.sharey(over_steps)
+            over_steps.set(title=DIAGNOSTICS[name], xlabel="environment steps")
+            over_return.set(xlabel="training return")
+            over_steps.xaxis.set_major_formatter(EngFormatter(sep=""))
+            if name == "grad_ratio":
+                over_steps.set_yscale("log")
+            for run in runs[runs["task"] == task].itertuples():
+                colour, log = styles[run.curve][0], logs[run.run].dropna(subset=name)
+                for axis, x in ((over_steps, "env_step"), (over_return, "episode_reward")):
+                    axis.plot(log[x], log[name], color=colour, linestyle=dashes[run.seed], linewidth=0.9)
+                    for end in zip(log[x].tail(1), log[name].tail(1), strict=True):
+                        axis.annotate(run.seed, end, (2, 0), textcoords="offset points", fontsize=6, color=colour)
+    handles = [Line2D([], [], color=colour, label=curve) for curve, (colour, _, _) in styles.items()]
+    handles += [Line2D([], [], color="0.3", linestyle=line, label=f"seed {seed}") for seed, line in dashes.items()]
+    draw_legend(figure, handles)
+    return figure
+
+
+def cell(part, step):
+    """Mean over the seeds of one curve on one task at exactly this step, unless one that has begun lacks it."""
+    scores = begun(part).query("env_step == @step").set_index("seed")["episode_reward"]
+    lacking = [(seed, what) for seed, what in troubles(part) if seed not in scores.index]
+    ended = begun(part).query("state in ('finished', 'published')")["seed"].unique()
+    lacking += [(seed, f"not evaluated at {step:,}") for seed in ended if seed not in scores.index]
+    if scores.empty or any(what != "missing" for _, what in lacking):  # a mean of the others would flatter
+        words = [f"seed {seed}: {score:.0f}" for seed, score in scores.items()]
+        return {"note": "; ".join([*words, in_words(lacking) or "no run"])}
+    low, high = interval(scores.to_numpy()[:, None], "mean")
+    spread = {"low": low, "high": high, "std": scores.std(), "n": len(scores)}
+    return {"value": scores.mean(), **spread, "note": in_words(lacking)}
+
+
+def pooled_cell(part, tasks, step, statistic):
+    """The statistic over all tasks, if every task has every seed."""
+    scores = begun(part).query("env_step == @step").pivot(index="seed", columns="task", values="episode_reward")
+    if {*scores} != {*tasks} or {*scores.index} != {*part["seed"]} or scores.isna().any(axis=None):
+        return {"note": "not every task has every seed"}
+    low, high = interval(scores.to_numpy(), statistic)
+    return {"value": STATISTICS[statistic](scores.to_numpy().ravel()), "low": low, "high": high, "n": len(scores)}
+
+
+def last_common_step(frame):
+    """The last environment step at which all runs that have begun were evaluated; `ConfigError`: there is none."""
+    common = set.intersection(*(set(steps) for _, steps in begun(frame).groupby("run")["env_step"]))
+    if not common:
+        raise ConfigError("--table: no environment step at which all runs were evaluated; name one, as --table 100000")
+    return max(common)
+
+
+def table_cells(frame, steps):
+    """Frame of columns TABLE, a row a cell: each task, then all tasks together; in each our curves, then published."""
+    tasks = list(frame["task"].unique())
+    published = published_scores().rename(columns={"env_steps": "env_step", "mean": "value", "seeds": "n"})
+    at_random = published["method"] == "random policy"  # at any step
+    published = pd.concat([published[at_random].assign(env_step=step) for step in steps] + [published[~at_random]])
+    published = published.assign(statistic="mean")
+    cells = []
+    for task in tasks + ["all tasks"] * (len(tasks) > 1):
+        for step in steps:
+            for statistic in STATISTICS if task == "all tasks" else ["mean"]:
+                for curve, part in frame.groupby("curve", sort=False):
+                    if task == "all tasks":
+                        found = pooled_cell(part, tasks, step, statistic)
+                    else:
+                        found = cell(part[part["task"] == task], step)
+                    row = {"task": task, "env_step": step, "statistic": statistic, "method": curve, "source": "runs"}
+                    cells.append({**row, **found})
+            cells += published.query("task == @task and env_step == @step").to_dict("records")
+    return pd.DataFrame(cells, columns=TABLE).astype({"n": "Int64"})
+
+
+def in_cell(cell):
+    """Text of a row of `table_cells`."""
+    if pd.isna(cell.value):
+        return f"– ({cell.note})"
+    n = [] if pd.isna(cell.n) else [str(cell.n)]
+    if cell.source != "runs":
+        return f"{cell.value:.0f} ± {cell.std:.0f}" + f" ({''.join(n)})" * len(n)
+    spread = "" if pd.isna(cell.low) else f" [{cell.low:.0f}, {cell.high:.0f}]"
+    return f"{cell.value:.0f}{spread} ({'; '.join(n + [cell.note] * isinstance(cell.note, str) * bool(cell.note))})"
+
+
+def differences(cells):
+    """A line a cell of ours: the columns that it is above, below, or not told apart from."""
+    comparable = cells[(cells["n"] > 1) & cells["std"].notna()]
+    for ours in cells[(cells["source"] == "runs") & (cells["task"] != "all tasks")].itertuples():
+        line = f"- {ours.task}, {ours.env_step:,}, {ours.method}: "
+        others = comparable[(comparable["task"] == ours.task) & (comparable["env_step"] == ours.env_step)]
+        if ours.Index not in others.index:
+            yield line + "not compared: " + ("one seed" if ours.n == 1 else ours.note)
+            continue
+        found = {1: [], -1: [], 0: []}
+        for other in others.drop(ours.Index).itertuples():
+            sign = compare((ours.value, ours.std, ours.n), (other.value, other.std, other.n))
+            found[sign].append(other.column)
+        words = zip(("above", "below", "not told apart from"), found.values(), strict=True)
+        yield line + ("; ".join(f"{word} {', '.join(names)}" for word, names in words if names) or "nothing beside it")
+
+
+def markdown(cells):
+    """The table, the differences that can be called so, and what each published column is."""
+    ours = cells["source"] == "runs"
+    published = cells[~ours].drop_duplicates("method").fillna({"protocol": "protocol not stated"})
+    numbered = {method: f"{method} [{i}]" for i, method in enumerate(published["method"], 1)}
+    cells = cells.assign(column=cells["method"].where(ours, cells["method"].map(numbered)))
+    columns = list(cells["column"][ours].unique()) + list(numbered.values())
+    lines = [f"<!-- {MADE_BY} -->", f"| task | env steps | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for (task, step, statistic), row in cells.groupby(["task", "env_step", "statistic"], sort=False):
+        texts = {cell.column: in_cell(cell) for cell in row.itertuples()}
+        where = f"{task}, {statistic}" if task == "all tasks" else task
+        lines.append(f"| {where} | {step:,} | {' | '.join(texts.get(column, '–') for column in columns)} |")
+    lines += [
+        "",
+        "Runs: mean evaluation return [95 % bootstrap interval] (seeds) at exactly that environment step. "
+        "Published: mean ± standard deviation (seeds).",
+        "",
+        "Differences are those whose 95 % Welch t interval excludes 0, without correction for how many are looked at. "
+        "Published columns without their number of seeds are not compared.",
+        "",
+        *differences(cells),
+        "",
+    ]
+    for row in published.itertuples():
+        seeds = "no number of seeds" if pd.isna(row.n) else f"{row.n} seeds"
+        lines.append(f"- {numbered[row.method]}: {seeds}; {row.source}; {row.protocol}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def as_pictures(figure):
+    """{ending: bytes} of a figure, without the time of day, so that equal runs give equal files."""
+    files = {}
+    for ending, metadata in ((".png", {"Software": MADE_BY}), (".pdf", {"Creator": MADE_BY, "CreationDate": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=ending[1:], metadata=metadata)
+        files[ending] = buffer.getvalue()
+    plt.close(figure)
+    return files
+
+
+def as_csv(frame):
+    """Bytes of a frame; floats are read back as they were."""
+    return frame.to_csv(index=False, lineterminator="\n").encode()
+
+
+def check_replaceable(path, inputs):
+    """Raise `ConfigError` if `path` is there and is an input, or nothing that this command has written."""
+    if not path.exists():
+        return
+    if path.resolve() in [pathlib.Path(p).resolve() for p in inputs]:
+        raise ConfigError(f"--out: {path} is read and would be written over; name another")
+    content = path.read_bytes() if path.is_file() else b""
+    header = content.partition(b"\n")[0].decode(errors="replace")
+    if MADE_BY.encode() not in content and not header.endswith((",".join(EVALUATION), ",".join(TABLE))):
+        raise ConfigError(f"--out: {path} is there and plot.py has not made it; name another")
+
+
+def check_args(args):
+    """Raise `ConfigError` for what cannot work."""
+    if not args.paths:
+        raise ConfigError("names nothing to plot; name folders of runs or files of curves, as plot.py runs/omega")
+    if args.table is not None and args.diagnostics:
+        raise ConfigError("--diagnostics: not together with --table, which is a command of its own")
+    if args.statistic != "mean" and (args.table is not None or args.diagnostics):
+        raise ConfigError(f"--statistic {args.statistic}: has no effect with --table or --diagnostics")
+    if negative := [step for step in args.table or () if step < 0]:
+        raise ConfigError(f"--table {negative[0]}: must be environment steps")
+
+
+def run():
+    """Read, compute, and only then write; stdout says what the figure cannot, and where it is."""
+    args = parse_flags(Args)
+    check_args(args)
+    kind = "diagnostics" if args.diagnostics else "curves" if args.table is None else "table"
+    first = pathlib.Path(args.paths[0])
+    frame, names = with_curves(read_scores(args.paths), args.hue)
+    stem = args.out or str((first if first.is_dir() else first.parent) / kind)
+    endings = {"curves": (".png", ".pdf", ".csv"), "diagnostics": (".png", ".pdf"), "table": (".md", ".csv")}[kind]
+    paths = {ending: pathlib.Path(stem + ending) for ending in endings}
+    check_writable("out", os.path.dirname(stem) or ".")
+    for path in paths.values():
+        check_replaceable(path, args.paths)
+    if begun(frame).empty:
+        raise ConfigError(f"{first}: no run has been evaluated yet")
+    if kind == "curves":
+        files = {
+            **as_pictures(draw_curves(frame, names, args.statistic)),
+            ".csv": as_csv(frame[varied(frame) + EVALUATION]),
+        }
+    elif kind == "diagnostics":
+        files = as_pictures(draw_diagnostics(frame))
+    else:
+        cells = table_cells(frame, args.table or [last_common_step(frame)])
+        files = {".md": markdown(cells).encode(), ".csv": as_csv(cells)}
+    for line in remarks(frame, names):
+        print(line)
+    for ending, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file, content=files[ending]: file.write(content))
+        print(path)
+
+
+def main():
+    """The command: `run`; Ctrl-C ends it with exit code 130."""
+    try:
+        matplotlib.use("Agg")
+        run()
+    except (ConfigError, OSError) as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The evaluations of runs and of public curves in one frame, and what is computed of them; no torch, no figures.
+
+A row is an evaluation. A run that has none yet is a row without step and return, so that it is named wherever its seed
+is expected. docs/plotting.md says how intervals and differences are computed.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import gzip
+import json
+import pathlib
+import re
+
+import numpy as np
+import pandas as pd
+from scipy.stats import trim_mean, ttest_ind_from_stats
+
+from config import UNCHANGING, Config, ConfigError, complete, parse_flags
+from run_folder import find_runs, load_args, load_rows, load_state
+
+PUBLISHED = pathlib.Path(__file__).resolve().parent / "results" / "published_scores.csv"
+EVALUATION = ["variant", "task", "agent", "seed", "step", "env_step", "episode_reward", "state"]  # columns of every CSV
+OWN_COLUMNS = {"domain_name", "task_name", "seed", "agent"}  # flags that are among them
+METHOD = [f.name for f in dataclasses.fields(Config) if f.name not in {*UNCHANGING, *OWN_COLUMNS}]  # the other flags
+BUDGET = {"num_train_steps", "eval_freq", "num_eval_episodes"}  # how long and how often, not which method
+MADE_WITH = ["git_commit", "python", "device_used", "processor"]  # of args.json, beside its versions
+RESAMPLES = 20_000  # of the bootstrap: ends of intervals are found to a fiftieth of the standard error
+STATISTICS = {"mean": lambda x: x.mean(-1), "iqm": lambda x: trim_mean(x, 0.25, axis=-1)}  # over the last axis
+
+
+def read_scores(paths):
+    """The frame of all evaluations of `paths`: EVALUATION, flags of METHOD as far as known, `made_with ...`, `run`.
+
+    `env_step` counts environment steps, `episode_reward` is the mean return of one evaluation.
+
+    Raises:
+        ConfigError: a path is missing, holds no run, or is in none of the formats.
+    """
+    frames = []
+    for path in map(pathlib.Path, paths):
+        if not path.exists():
+            raise ConfigError(f"{path}: no such folder or file")
+        frames.append(_read_folder(path) if path.is_dir() else _read_file(path))
+    frame = pd.concat([f.dropna(axis="columns", how="all") for f in frames], ignore_index=True)
+    frame = frame.reindex(columns=list(dict.fromkeys([*EVALUATION, "run", *frame])))
+    counts = dict.fromkeys(["seed", "step", "env_step"], "Int64")  # those that may be missing
+    return frame.astype({**counts, "episode_reward": float})
+
+
+def _read_folder(folder):
+    runs = find_runs(folder)
+    if not runs:
+        raise ConfigError(f"{folder}: holds no run (no args.json at any depth)")
+    planned = {}  # flags of the runs that a sweep has not begun
+    for sweep in folder.rglob("sweep.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # as find_runs
+            planned |= {sweep.parent / run["folder"]: run["flags"] for run in json.loads(sweep.read_text())["runs"]}
+    rows = []
+    for run in runs:
+        state = load_state(run)
+        missing = state == "missing"
+        args = dataclasses.asdict(complete(parse_flags(Config, planned[run]))) if missing else load_args(run)
+        flags = {f.name: args.get(f.name, f.default) for f in dataclasses.fields(Config) if f.name in METHOD}
+        task, place = f"{args['domain_name']}-{args['task_name']}", run.resolve()
+        in_layout = place.name == f"s{args['seed']}" and place.parent.name == task
+        known = {
+            "run": str(run),
+            "variant": place.parent.parent.name if in_layout else None,
+            "task": task,
+            "agent": args["agent"],
+            "seed": args["seed"],
+            "state": state,
+            **{name: "none" if value is None else value for name, value in flags.items()},
+            **_made_with(args),
+        }
+        evaluations = [] if missing else load_rows(run, "eval.log")
+        rows += [{**known, **{k: row[k] for k in ("step", "env_step", "episode_reward")}} for row in evaluations]
+        rows += [] if evaluations else [known]
+    return pd.DataFrame(rows)
+
+
+def _made_with(args):
+    """{"made_with <what>": tuple of its values}, several for a run that was continued with another."""
+    made_with = {}
+    for part in [args, *args.get("continued", [])]:
+        for name, value in {**part.get("versions", {}), **{n: part.get(n) for n in MADE_WITH}}.items():
+            if value is not None:
+                made_with.setdefault(f"made_with {name}", set()).add(value)
+    return {name: tuple(sorted(values)) for name, values in made_with.items()}
+
+
+def _read_file(path):
+    """drq's CSV, dreamerv3's JSON, or a CSV of plot.py."""
+    try:
+        if path.suffix == ".csv":
+            frame = pd.read_csv(path, keep_default_na=False, na_values=[""], float_precision="round_trip")
+        else:
+            content = path.read_bytes()
+            frame = pd.DataFrame(json.loads(gzip.decompress(content) if path.suffix == ".gz" else content))
+            frame = frame.explode(["xs", "ys"], ignore_index=True)
+        if "state" not in frame:  # a public one; their steps are environment steps
+            names = {"env": "task", "step": "env_step", "method": "agent", "xs": "env_step", "ys": "episode_reward"}
+            frame = frame.rename(columns=names).assign(state="published")
+        run = f"{path}, " + frame["agent"] + " " + frame["task"] + " seed " + frame["seed"].astype(str)
+        frame = frame.assign(run=run, task=frame["task"].map(task_folder))
+        if not {"env_step", "episode_reward"} <= set(frame) or frame.empty:
+            raise KeyError
+        return frame[[name for name in frame if name in {*EVALUATION, *METHOD, "run"}]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(
+            f"{path}: neither drq's curves (.csv: step, episode_reward, env, seed, agent) nor dreamerv3's (.json.gz: "
+            "task, method, seed, xs, ys) nor a CSV of plot.py"
+        ) from None
+
+
+def task_folder(name):
+    """Public name of a task -> <domain>-<task>, as our folders: dmc_ball_in_cup_catch -> ball_in_cup-catch."""
+    return re.sub(r"^(?:dmc_)?(ball_in_cup|point_mass|humanoid_CMU|[^_-]+)[_-]", r"\1-", name)
+
+
+def published_scores():
+    """results/published_scores.csv, tasks named as our folders."""
+    scores = pd.read_csv(PUBLISHED)
+    return scores.assign(task=scores["task"].map(task_folder))
+
+
+def varied(frame):
+    """Flags that differ between runs of one task; what follows from the task alone does not count."""
+    return [name for name in METHOD if name in frame and frame.groupby("task")[name].nunique().max() > 1]
+
+
+def with_curves(frame, hue):
+    """The frame with a column `curve`, and the names of the columns that it is made of.
+
+    Args:
+        frame: see `read_scores`.
+        hue: such names with commas between, or None to choose them; public curves lack them and go by their agent.
+
+    Raises:
+        ConfigError: there is no such flag, the runs lie in no variants, or two runs of a curve have the same seed.
+    """
+    ours = frame[frame["state"] != "published"]
+    if hue is None:
+        in_layout = len(ours) and ours["variant"].notna().all()
+        differing = ["agent"] * (ours["agent"].nunique() > 1) + [name for name in varied(frame) if name not in BUDGET]
+        names = ["variant"] if in_layout else differing or ["agent"]
+    else:
+        names = hue.split(",")
+    for name in names:
+        possible = ["variant", "agent", *METHOD]
+        if name not in possible:
+            nearest = difflib.get_close_matches(name, possible, n=1, cutoff=0)[0]
+            raise ConfigError(f"--hue {name}: not variant, agent or a flag of the method; the nearest is {nearest}")
+        if name not in frame or ours[name].isna().any():
+            right = "not all runs lie in <variant>/<task>/s<seed>" if name == "variant" else "not known of all runs"
+            raise ConfigError(f"--hue {name}: {right}")
+    values = frame[names]
+    label = values.map(lambda v: f"{v:g}" if isinstance(v, float) else str(v)).agg(", ".join, axis=1)
+    frame = frame.assign(curve=label.where(values.notna().all(axis=1), frame["agent"]))
+    if all(pd.api.types.is_numeric_dtype(values[name]) for name in names):
+        frame = frame.loc[values.sort_values(names, kind="stable").index]
+    for (curve, task, seed), part in frame.groupby(["curve", "task", "seed"]):
+        if part["run"].nunique() > 1 or part["env_step"].duplicated().any():
+            two = " and ".join(part["run"].unique()[:2])
+            raise ConfigError(f"--hue {','.join(names)}: not one run alone is seed {seed} of {curve} on {task}: {two}")
+    return frame, names
+
+
+def begun(frame):
+    """The rows that are evaluations."""
+    return frame[frame["env_step"].notna()]
+
+
+def by_seed(part):
+    """Returns of one curve on one task: a row an evaluation step, a column a seed, NaN where it was not evaluated."""
+    return begun(part).pivot(index="env_step", columns="seed", values="episode_reward")
+
+
+def aligned(scores):
+    """The rows of `by_seed` that every seed has, so none past the end of the shortest."""
+    return scores.dropna()
+
+
+def troubles(part):
+    """[(seed, "missing" or "diverged at 40,000")] of the runs of one curve on one task that have not finished."""
+    return [
+        (seed, state if pd.isna(run["env_step"].max()) else f"{state} at {run['env_step'].max():,}")
+        for (seed, state), run in part.groupby(["seed", "state"])
+        if state not in ("finished", "published")
+    ]
+
+
+def in_words(found):
+    """What `troubles` found -> "seeds 2, 3 missing; seed 4 diverged at 40,000"."""
+    words = {}
+    for seed, what in found:
+        words.setdefault(what, []).append(str(seed))
+    return "; ".join(f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)} {what}" for what, seeds in words.items())
+
+
+def remarks(frame, names):
+    """Lines for the user: which runs a curve lacks, where its aggregate ends, and what differs inside it."""
+    for (curve, task), part in frame.groupby(["curve", "task"], sort=False):
+        where = f"{curve} on {task}"
+        if found := troubles(part):
+            yield f"{where}: {in_words(found)}"
+        scores = by_seed(part)
+        steps, common = scores.index, aligned(scores).index
+        if len(steps) and not len(common):
+            yield f"{where}: no aggregate, since no evaluation step is common to all its seeds"
+        elif len(steps) and common[-1] < steps[-1]:
+            yield f"{where}: aggregate to {common[-1]:,}, the last evaluation that all its seeds have"
+        if uneven := [f"{step:,}" for step in steps.difference(common) if len(common) and step < common[-1]]:
+            more = f" and {len(uneven) - 5} more" * (len(uneven) > 5)
+            yield f"{where}: not evaluated by all seeds, so not in the aggregate: {', '.join(uneven[:5])}{more}"
+        for name in part.columns:
+            values = set(part[name].dropna()) if name in METHOD and name not in names else set()
+            if name.startswith("made_with "):
+                values = set().union(*part[name].dropna())
+            if len(values) > 1:
+                shown = ", ".join(str(value)[:12] for value in sorted(values, key=str))
+                yield f"{where}: its runs differ in {name.removeprefix('made_with ')}: {shown}"
+
+
+def interval(scores, statistic):
+    """Ends of the 95 % percentile interval of a statistic, bootstrapped over seeds within each task.
+
+    Args:
+        scores: (seeds, tasks) returns.
+        statistic: a name in STATISTICS; it is of all scores together.
+
+    Returns:
+        (2,) array; NaN for one seed, of which nothing can be said. Equal scores give equal intervals: the draws are
+        the same in every call.
+    """
+    seeds, tasks = scores.shape
+    if seeds < 2:
+        return np.full(2, np.nan)
+    picks = np.random.default_rng(0).integers(seeds, size=(RESAMPLES, seeds, tasks))
+    samples = scores[picks, np.arange(tasks)].reshape(RESAMPLES, -1)
+    return np.percentile(STATISTICS[statistic](samples), [2.5, 97.5])
+
+
+def compare(a, b):
+    """1 or -1 where the 95 % Welch t interval of the difference of means, a - b, lies above or below 0, else 0.
+
+    Args:
+        a, b: (mean, sample standard deviation, number of seeds), two seeds or more.
+    """
+    if a[1] == b[1] == 0:  # no spread to judge by
+        return 0
+    test = ttest_ind_from_stats(*a, *b, equal_var=False)
+    return int(np.sign(test.statistic)) if test.pvalue < 0.05 else 0  # the same as an interval without 0
