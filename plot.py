@@ -125,7 +125,7 @@ def legend_label(frame, curve):
     tasks = frame["task"].unique()
     parts = {task: frame[(frame["curve"] == curve) & (frame["task"] == task)] for task in tasks}
     counts = [begun(part)["seed"].nunique() for part in parts.values()]
-    n = f"n = {min(counts)}" + f" to {max(counts)}" * (max(counts) > min(counts))
+    n = f"n\u00a0=\u00a0{min(counts)}" + f"\u00a0to\u00a0{max(counts)}" * (max(counts) > min(counts))  # not wrapped
     found = {task: troubles(part) for task, part in parts.items()}
     words = [f"{in_words(runs)}" + f" on {task}" * (len(tasks) > 1) for task, runs in found.items() if runs]
     if len(words) > 2:
@@ -137,6 +137,8 @@ def legend_label(frame, curve):
 def draw_curves(frame, names, statistic):
     """Figure: a panel a task, a thin line a seed, a thick one for the statistic of each curve, with its interval."""
     tasks, styles = frame["task"].unique(), looks(frame["curve"].unique())
+    ours = begun(frame[frame["state"] != "published"])
+    end = (ours if len(ours) else frame)["env_step"].max()  # public curves go on for millions
     columns = min(3, len(tasks))
     figure, axes = panels(math.ceil(len(tasks) / columns), columns, 2.0, sharex=True, sharey=True)
     at_random = published_scores().query("method == 'random policy'").set_index("task")["mean"]
@@ -153,7 +155,7 @@ def draw_curves(frame, names, statistic):
         if tasks[i] in at_random:
             axis.axhline(at_random[tasks[i]], zorder=1, **random_look)
         for k, (curve, (colour, line, marker)) in enumerate(styles.items()):
-            scores = by_seed(frame[(frame["curve"] == curve) & (frame["task"] == tasks[i])])
+            scores = by_seed(frame[(frame["curve"] == curve) & (frame["task"] == tasks[i])]).loc[:end]
             for seed in scores:
                 axis.plot(scores[seed].dropna(), color=colour, linewidth=0.5, alpha=0.5)
             common = aligned(scores)
@@ -164,8 +166,6 @@ def draw_curves(frame, names, statistic):
                 axis.plot(common.index, thick, markevery=every, **look)
                 low, high = np.transpose([interval(row[:, None], statistic) for row in common.to_numpy()])
                 axis.fill_between(common.index, low, high, color=colour, alpha=0.18, linewidth=0)
-    ours = begun(frame[frame["state"] != "published"])
-    end = (ours if len(ours) else frame)["env_step"].max()  # public curves go on for millions
     axes[0, 0].set(xlim=(0, max(1, end) * 1.02), ylim=(-20, 1020), yticks=range(0, 1001, 250))
     axes[0, 0].xaxis.set_major_formatter(EngFormatter(sep=""))
     handles = [
@@ -197,9 +197,7 @@ def draw_diagnostics(frame):
     names = [name for name in DIAGNOSTICS if any(log[name].notna().any() for log in logs.values())]
     if not names:
         raise ConfigError("--diagnostics: no train.log here has any of them; runs of --agent cody_sac log them")
-    for run, log in logs.items():
-        if not log[names].notna().any(axis=None):
-            print(f"{run}: has logged none of them")
+    silent = [(run.curve, run.seed) for run in runs.itertuples() if not logs[run.run][names].notna().any(axis=None)]
     tasks, seeds = runs["task"].unique(), sorted(runs["seed"].unique())
     styles = looks(runs["curve"].unique())
     dashes = {seed: STYLES[i % len(STYLES)] for i, seed in enumerate(seeds)}
@@ -219,7 +217,10 @@ def draw_diagnostics(frame):
                     axis.plot(log[x], log[name], color=colour, linestyle=dashes[run.seed], linewidth=0.9)
                     for end in zip(log[x].tail(1), log[name].tail(1), strict=True):
                         axis.annotate(run.seed, end, (2, 0), textcoords="offset points", fontsize=6, color=colour)
-    handles = [Line2D([], [], color=colour, label=curve) for curve, (colour, _, _) in styles.items()]
+    handles = []
+    for curve, (colour, _, _) in styles.items():
+        words = in_words([(seed, "without them") for of, seed in silent if of == curve])
+        handles.append(Line2D([], [], color=colour, label=f"{curve} ({words})" if words else curve))
     handles += [Line2D([], [], color="0.3", linestyle=line, label=f"seed {seed}") for seed, line in dashes.items()]
     draw_legend(figure, handles)
     return figure
@@ -229,7 +230,7 @@ def cell(part, step):
     """Mean over the seeds of one curve on one task at exactly this step, unless one that has begun lacks it."""
     scores = begun(part).query("env_step == @step").set_index("seed")["episode_reward"]
     lacking = [(seed, what) for seed, what in troubles(part) if seed not in scores.index]
-    ended = begun(part).query("state in ('finished', 'published')")["seed"].unique()
+    ended = sorted(begun(part).query("state in ('finished', 'published')")["seed"].unique())
     lacking += [(seed, f"not evaluated at {step:,}") for seed in ended if seed not in scores.index]
     if scores.empty or any(what != "missing" for _, what in lacking):  # a mean of the others would flatter
         words = [f"seed {seed}: {score:.0f}" for seed, score in scores.items()]
@@ -296,7 +297,7 @@ def differences(cells):
         line = f"- {ours.task}, {ours.env_step:,}, {ours.method}: "
         others = comparable[(comparable["task"] == ours.task) & (comparable["env_step"] == ours.env_step)]
         if ours.Index not in others.index:
-            yield line + "not compared: " + ("one seed" if ours.n == 1 else ours.note)
+            yield line + "not compared: " + (ours.note if pd.isna(ours.value) else "one seed")
             continue
         found = {1: [], -1: [], 0: []}
         for other in others.drop(ours.Index).itertuples():
@@ -400,12 +401,10 @@ def run():
     else:
         cells = table_cells(frame, args.table or [last_common_step(frame)])
         files = {".md": markdown(cells).encode(), ".csv": as_csv(cells)}
-    for line in remarks(frame, names):
-        print(line)
     for ending, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file, content=files[ending]: file.write(content))
-        print(path)
+    print("\n".join([*remarks(frame, names), *map(str, paths.values())]), flush=True)
 
 
 def main():

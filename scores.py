@@ -44,6 +44,8 @@ def read_scores(paths):
         frames.append(_read_folder(path) if path.is_dir() else _read_file(path))
     frame = pd.concat([f.dropna(axis="columns", how="all") for f in frames], ignore_index=True)
     frame = frame.reindex(columns=list(dict.fromkeys([*EVALUATION, "run", *frame])))
+    if any(ours := frame["state"] != "published"):  # public files have tasks that nobody here has run
+        frame = frame[frame["task"].isin(frame["task"][ours])]
     counts = dict.fromkeys(["seed", "step", "env_step"], "Int64")  # those that may be missing
     return frame.astype({**counts, "episode_reward": float})
 
@@ -102,7 +104,9 @@ def _read_file(path):
         if "state" not in frame:  # a public one; their steps are environment steps
             names = {"env": "task", "step": "env_step", "method": "agent", "xs": "env_step", "ys": "episode_reward"}
             frame = frame.rename(columns=names).assign(state="published")
-        run = f"{path}, " + frame["agent"] + " " + frame["task"] + " seed " + frame["seed"].astype(str)
+        run = pd.Series(f"{path}", index=frame.index)
+        for name in sorted(set(frame) - {"step", "env_step", "episode", "episode_reward"}):
+            run += ", " + frame[name].astype(str)
         frame = frame.assign(run=run, task=frame["task"].map(task_folder))
         if not {"env_step", "episode_reward"} <= set(frame) or frame.empty:
             raise KeyError
@@ -160,7 +164,7 @@ def with_curves(frame, hue):
     frame = frame.assign(curve=label.where(values.notna().all(axis=1), frame["agent"]))
     if all(pd.api.types.is_numeric_dtype(values[name]) for name in names):
         frame = frame.loc[values.sort_values(names, kind="stable").index]
-    for (curve, task, seed), part in frame.groupby(["curve", "task", "seed"]):
+    for (curve, task, seed), part in frame.groupby(["curve", "task", "seed"], sort=False):
         if part["run"].nunique() > 1 or part["env_step"].duplicated().any():
             two = " and ".join(part["run"].unique()[:2])
             raise ConfigError(f"--hue {','.join(names)}: not one run alone is seed {seed} of {curve} on {task}: {two}")
