@@ -71,3 +71,12 @@ def test_our_row_of_released():
 
     config = parse("--update_mode joint --batch_size 2 --replay_buffer_capacity 2000".split())
     assert released.measure(config, 2, None, True) > 0
+
+
+def test_random_policy(call):
+    result = call("random_policy.py", "--tasks cartpole-swingup --num_episodes 2")
+    header, row = [line.split(",") for line in result.stdout.splitlines()]
+    assert header == "method env_steps task mean std seeds source".split()
+    assert row[:3] == ["random policy", "0", "cartpole_swingup"] and 0 < float(row[3]) < 500 and row[5] == ""
+    result = call("random_policy.py", "--num_episodes 1")
+    assert (result.returncode, result.stdout) == (2, "") and "--num_episodes 1: must be at least 2" in result.stderr
