@@ -91,24 +91,25 @@ class Cluster:
         self.wait(lambda: self.run("sinfo", "--noheader", "--format=%t").split()[0] in ("idle", "mix", "alloc"), 60)
 
     def node_down(self):
-        """The cluster loses the node and gives up its jobs, whose processes live on: as when a network is cut."""
-        os.kill(int((self._folder / "slurmd.pid").read_text()), signal.SIGKILL)
+        """A power cut: whatever ran on the node is gone, and the cluster knows."""
+        self.stop(but=("munged", "slurmctld", "slurmscriptd"))
         self.run("scontrol", "update", f"nodename={NODE}", "state=down", "reason=test")
 
-    def stop(self):
-        """Kill the daemons, the jobs and whatever these have started, until nothing is left."""
-        while pids := self._pids():
+    def stop(self, but=()):
+        """Kill the daemons, except those named in `but`, the jobs and whatever these have started, orphans too."""
+        while pids := self._pids(but):  # one of them may have forked meanwhile
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
 
-    def _pids(self):
+    def _pids(self, but):
         mark, pids = f"SLURM_CLUSTER_NAME={self._name}".encode(), []
-        for environ in pathlib.Path("/proc").glob("[0-9]*/environ"):
+        for process in pathlib.Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has just ended
-                if mark in environ.read_bytes().split(b"\0"):
-                    pids.append(int(environ.parent.name))
+                marked = mark in (process / "environ").read_bytes().split(b"\0")
+                if marked and (process / "comm").read_text().strip() not in but:
+                    pids.append(int(process.name))
         return pids
 
 
