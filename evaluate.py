@@ -21,8 +21,8 @@ from agent import make_agent
 from checkpoint import load_model
 from config import ConfigError, exit_with, parse_flags
 from env_worker import open_eval_envs
-from machine import limit_threads
 from run_folder import load_config
+from utils import limit_threads
 from video import save_video
 
 VIDEO_SIZE = 256  # pixels, a multiple of 16 as H.264 wants

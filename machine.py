@@ -1,15 +1,11 @@
-"""What this machine lets a process have, in a container less than it has: memory, cores, fast bfloat16."""
+"""What this machine lets a process have, in a container less than it has: memory and cores. Needs no torch."""
 
 import ctypes
 import math
 import os
 import pathlib
-import statistics
-import time
 
 import psutil
-import torch
-import torch.nn.functional as F
 
 
 def keep_freed_memory():
@@ -66,10 +62,8 @@ def _numbers(path):
         return None
 
 
-def available_memory(device=None, root="/"):
-    """Bytes that this process can still take on `device`: on CPU the system's, or its control groups' if less."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+def available_memory(root="/"):
+    """Bytes that this process can still take: the system's, or its control groups' if less."""
     available = psutil.virtual_memory().available
     for group in control_groups("memory", root):
         for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
@@ -95,26 +89,3 @@ def available_cores(root="/"):
         if quota > 0 and period > 0:
             cores = min(cores, math.ceil(quota / period))
     return cores
-
-
-def limit_threads():
-    """Let torch use at most `available_cores` threads; fewer, where OMP_NUM_THREADS says so."""
-    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
-
-
-def bf16_time_ratio(batch=8, repeats=3):
-    """Time of one of the default encoder's convolutions, forward and backward, in bfloat16 over float32, on CPU.
-
-    Below 1 on processors with fast bfloat16, up to 80 on those without; draws no random numbers.
-    """
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(batch, 32, 39, 39).to(dtype, memory_format=torch.channels_last).requires_grad_()
-        weight = torch.ones(32, 32, 3, 3).to(dtype, memory_format=torch.channels_last).requires_grad_()
-        taken = []
-        for _ in range(1 + repeats):
-            start = time.perf_counter()
-            F.conv2d(x, weight).sum().backward()
-            taken.append(time.perf_counter() - start)
-        times[dtype] = statistics.median(taken[1:])  # the first prepares
-    return times[torch.bfloat16] / times[torch.float32]

@@ -83,10 +83,10 @@ class ReplayBuffer:
         packed = self.slots * PACKED_BYTES
         kind, place = config.replay_storage, config.replay_device
         if place == "auto":
-            fits = kind != "lz4" and raw < available_memory(self.device) / 2
+            fits = kind != "lz4" and raw < _available(self.device) / 2
             place = self.device if fits else "cpu"
         place = torch.device(place)
-        available = available_memory(place)
+        available = _available(place)
         if kind == "auto":
             kind = "raw" if raw < available / 2 or place.type == "cuda" else "lz4"
         size = raw if kind == "raw" else min(raw, packed)
@@ -264,3 +264,8 @@ class ReplayBuffer:
         replay = cls(config, space, header["action_dim"], torch.device(device))
         replay.read(folder)
         return replay
+
+
+def _available(device):
+    """Bytes that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

@@ -28,10 +28,10 @@ from config import ConfigError, exit_with, leave
 from env_worker import WorkerDeath, open_env, open_eval_envs
 from evaluate import check_machine, choose_device, eval_seed, evaluate, summary
 from logger import Logger, prepare_console
-from machine import bf16_time_ratio, keep_freed_memory, limit_threads
+from machine import keep_freed_memory
 from replay_buffer import ReplayBuffer
 from run_folder import CHECKPOINT, DIVERGED, Over, RunFolder, parse_run
-from utils import GlobalRandomness, provenance, seed_everything
+from utils import GlobalRandomness, bf16_time_ratio, limit_threads, provenance, seed_everything
 from video import save_video
 
 

@@ -26,8 +26,8 @@ from checkpoint import Checkpoints  # noqa: E402
 from config import ConfigError, exit_with, parse, parse_flags  # noqa: E402
 from dmc2gym import EnvError  # noqa: E402
 from evaluate import choose_device  # noqa: E402
-from machine import keep_freed_memory, limit_threads  # noqa: E402
-from utils import GlobalRandomness, git_commit  # noqa: E402
+from machine import keep_freed_memory  # noqa: E402
+from utils import GlobalRandomness, git_commit, limit_threads  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

@@ -219,7 +219,7 @@ def test_the_end_of_memory(begun, tmp_path, monkeypatch, call):
     room = iter([10**10] * 8)
     with monkeypatch.context() as patch:
         patch.setattr("replay_buffer.WATCHED", 1)
-        patch.setattr("replay_buffer.available_memory", lambda device=None: next(room, 10**8))
+        patch.setattr("replay_buffer.available_memory", lambda: next(room, 10**8))
         result = call("train.py", flags)
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert "stopped: 0.1 GB of memory are left and the replay has grown to 0.0 GB; --run_dir " in result.stderr
