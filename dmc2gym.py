@@ -100,6 +100,26 @@ def _probe(script, backend, without=None):
     return done.stdout.splitlines()[-1] if done.returncode == 0 and done.stdout else None
 
 
+def check_task(config):
+    """Raise `EnvError` if the suite lacks the task, camera or image size of a config; draws nothing.
+
+    In a process that makes no environments: where dm_control was not imported yet, it will not be able to draw.
+    """
+    before = os.environ.get("MUJOCO_GL")
+    os.environ["MUJOCO_GL"] = DRAWING_OFF[0]
+    try:
+        importlib.import_module("dm_control.suite")
+    finally:
+        del os.environ["MUJOCO_GL"]
+        if before is not None:
+            os.environ["MUJOCO_GL"] = before
+    physics = _load(config.domain_name, config.task_name).physics
+    if config.encoder_type != "identity" or config.save_video:
+        _camera(physics, config.domain_name, config.task_name, config.camera_id)
+    if config.encoder_type != "identity":
+        _check_size(physics, config.pre_transform_image_size, config.pre_transform_image_size)
+
+
 def _load(domain_name, task_name, **kwargs):
     """dm_control's suite.load, with an unknown name answered by the nearest real ones."""
     from dm_control import suite
@@ -112,6 +132,24 @@ def _load(domain_name, task_name, **kwargs):
         names = ", ".join(dict.fromkeys(near + same_domain))
         raise EnvError(f"--domain_name {domain_name} --task_name {task_name}: no such task; the nearest are {names}")
     return suite.load(domain_name, task_name, **kwargs)
+
+
+def _camera(physics, domain_name, task_name, camera_id):
+    """The camera, the task's usual one for None."""
+    camera = CAMERAS.get(domain_name, 0) if camera_id is None else camera_id
+    cameras = physics.model.ncam
+    if not -1 <= camera < cameras:
+        raise EnvError(f"--camera_id {camera_id}: must be from -1 to {cameras - 1} on {domain_name} {task_name}")
+    return camera
+
+
+def _check_size(physics, height, width):
+    largest = physics.model.vis.global_
+    if height > largest.offheight or width > largest.offwidth:
+        raise EnvError(
+            f"--image_size or --pre_transform_image_size {max(height, width)}: the task renders at most "
+            f"{largest.offheight}x{largest.offwidth} pixels"
+        )
 
 
 class DMCEnv(gymnasium.Env):
@@ -170,10 +208,7 @@ class DMCEnv(gymnasium.Env):
         self._physics_error = importlib.import_module("dm_control.rl.control").PhysicsError
         self._from_pixels = from_pixels
         self._height, self._width = height, width
-        self._camera_id = CAMERAS.get(domain_name, 0) if camera_id is None else camera_id
-        cameras = self._env.physics.model.ncam
-        if not -1 <= self._camera_id < cameras:
-            raise EnvError(f"--camera_id {camera_id}: must be from -1 to {cameras - 1} on {domain_name} {task_name}")
+        self._camera_id = _camera(self.physics, domain_name, task_name, camera_id)
         self._frame_skip = frame_skip
         self._channels_first = channels_first
         self._max_steps = math.ceil(episode_length / frame_skip)
@@ -185,12 +220,7 @@ class DMCEnv(gymnasium.Env):
         self._action_high = np.where(bounded, spec.maximum, 1.0)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, spec.shape, np.float32)
         if from_pixels:
-            largest = self._env.physics.model.vis.global_
-            if height > largest.offheight or width > largest.offwidth:
-                raise EnvError(
-                    f"--image_size or --pre_transform_image_size {max(height, width)}: the task renders at most "
-                    f"{largest.offheight}x{largest.offwidth} pixels"
-                )
+            _check_size(self.physics, height, width)
             shape = (3, height, width) if channels_first else (height, width, 3)
             self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)
         else:

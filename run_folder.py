@@ -28,6 +28,7 @@ from config import UNCHANGING, Config, ConfigError, check, complete, parse_flags
 
 DIVERGED = 3  # exit code
 CHECKPOINT = "checkpoint"  # the folder's name
+OUTPUT = "output.log"  # what a run of a sweep prints
 WORDS = 10  # seconds between two steps in run.json
 SILENCE = 1800  # seconds without a word after which a run on a file system without locks counts as dead
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -247,7 +248,7 @@ def check_goes_on(config):
 def _holds_something(run_dir):
     """Whether there is anything in a folder but what a run leaves that is killed before its args.json is written."""
     try:
-        return not {path.name for path in pathlib.Path(run_dir).iterdir()} <= {"lock", "args.json.tmp"}
+        return not {path.name for path in pathlib.Path(run_dir).iterdir()} <= {"lock", "args.json.tmp", OUTPUT}
     except FileNotFoundError:
         return False
     except OSError as error:

@@ -19,6 +19,7 @@ FLOORS = [
     {"agent"},
     {"evaluate"},
     {"plot", "train"},
+    {"sweep"},
 ]
 
 

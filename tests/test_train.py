@@ -579,23 +579,3 @@ def test_a_run_that_is_ended_goes_on(trained, tmp_path, call, sent, code, line):
     assert [p.name for p in (folder / "model").iterdir()] == ["36.pt"] and not list((folder / "checkpoint").iterdir())
     args = json.loads((folder / "args.json").read_text())
     assert len(args["continued"]) == 1 and args["save_tb"] and not args["env_worker"]
-
-
-def test_shell_sweep(tmp_path):
-    environment = {
-        **os.environ,
-        "PYTHON": sys.executable,
-        "WORK_DIR": str(tmp_path),
-        "SEEDS": "5",
-        "ONLY": "state omega_1e-5",  # state refuses the flags below, and the sweep goes on
-    }
-    sweep = [str(ROOT / "scripts" / "sweep.sh"), *SMALL.replace("--seed 3", "").replace("36", "14").split()]
-    first = subprocess.run(sweep, env=environment, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
-    assert "failed with exit code 2: state, cartpole-swingup, seed 5" in first.stderr
-    (folder,) = tmp_path.glob("omega_1e-5/cartpole-swingup/cody_sac-*-s5")
-    args = json.loads((folder / "args.json").read_text())
-    assert args["omega_cody_loss"] == 1e-5 and args["num_train_steps"] == 14
-    second = subprocess.run(sweep, env=environment, capture_output=True, text=True)
-    assert second.returncode == 0 and second.stdout.count("skipped: ") == 1
-    assert len(list(tmp_path.glob("**/args.json"))) == 1

@@ -1,0 +1,521 @@
+"""sweep.py with runs that end in every way. The processes of most tests are a stand-in for train.py that learns nothing
+and writes a run's folder as train.py does; what a real one needs is tested with real ones at the end."""
+
+import contextlib
+import json
+import os
+import pathlib
+import pty
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import SMALL
+
+import sweep
+from run_folder import find_runs, load_args, load_rows, load_state, load_status
+
+ROOT = pathlib.Path(__file__).parent.parent
+STAND_IN = """
+import contextlib, json, os, sys, time
+sys.path.insert(0, ROOT)
+import signals
+from config import ConfigError, exit_with, leave
+from run_folder import Over, RunFolder, parse_run
+
+signals.listen()
+try:
+    config, continues = parse_run()
+    folder = RunFolder(config, continues)
+except Over as over:
+    leave(str(over), over.code)
+except ConfigError as error:
+    exit_with(error)
+seed, begun = config.seed, time.time()
+folder.begin(0, {})
+with open(folder.path / "times", "a") as file:
+    print(begun, os.environ["OMP_NUM_THREADS"], os.environ.get("CUDA_VISIBLE_DEVICES"),
+          os.environ.get("MUJOCO_EGL_DEVICE_ID"), file=file)
+print(f"seed {seed} begins", flush=True)
+with open(folder.path / "eval.log", "w") as log:
+    print(json.dumps({"step": 0, "env_step": 0, "episode_reward": 100.0 + seed}), file=log)
+if seed == 1:
+    folder.report(state="diverged", step=7, message=f"{folder}: stopped: kl is nan")
+    sys.exit(3)
+if seed == 2:
+    sys.exit("Traceback: a bug")
+if seed == 3 and not (folder.path / "again").exists():
+    (folder.path / "again").touch()
+    os.kill(os.getpid(), 9)
+if seed == 4:
+    exit_with(ConfigError("--device cuda: there is none"))
+while seed == 5 or time.time() < begun + {6: 1, 7: 5}.get(seed, 0):
+    try:
+        signals.check()
+    except signals.Stopped as stop:
+        folder.report(state="stopped", step=5, message=f"{folder}: stopped: {stop}")
+        sys.exit(stop.code)
+    time.sleep(0.02)
+folder.report(state="finished", step=config.num_train_steps)
+with open(folder.path / "times", "a") as file:
+    print(time.time(), file=file)
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder, where sweep.py starts the stand-in; the folder of the sweep `a`."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "train.py").write_text(STAND_IN.replace("ROOT", repr(str(ROOT))))
+    shutil.copytree(ROOT / "sweeps", tmp_path / "code" / "sweeps")
+    monkeypatch.setattr(sweep, "HERE", tmp_path / "code")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs" / "a"
+
+
+def started(folder):
+    """sweep.py on the stand-in as a process of its own, like a user's."""
+    script = "import pathlib, sys, signals, sweep; signals.listen(); sweep.HERE = pathlib.Path('code'); sweep.main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start(*words, **kwargs):
+        kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **kwargs}
+        return subprocess.Popen([sys.executable, "-c", script, *words], cwd=folder, env=environment, **kwargs)
+
+    return start
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def names(folder):
+    return [run["folder"] for run in json.loads((folder / "sweep.json").read_text())["runs"]]
+
+
+def commands(result):
+    """The flags of each command that a dry run has printed, and its folder."""
+    lines = [line for line in result.stdout.splitlines() if "train.py" in line]
+    return [line.split("train.py ")[1].split(" --run_dir ") for line in lines]
+
+
+def test_commas_make_a_grid(here, call):
+    words = (
+        "--name a --dry_run -- --omega_cody_loss 0.1,0.01 --task cartpole-swingup,walker-walk --seed=0,1 --save_video"
+    )
+    result = call("sweep.py", words)
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "8 runs, 0 more are over"
+    assert sorted(folder for _, folder in commands(result)) == sorted(
+        f"runs/a/omega_cody_loss={omega}/{task}/s{seed}"
+        for omega in ("0.1", "0.01")
+        for task in ("cartpole-swingup", "walker-walk")
+        for seed in (0, 1)
+    )
+    assert [folder[-1] for _, folder in commands(result)] == list("00001111")  # a curve of everything comes first
+    flags, folder = commands(result)[-1]
+    assert folder == "runs/a/omega_cody_loss=0.01/walker-walk/s1"
+    words = "--domain_name walker --task_name walk --seed 1 --omega_cody_loss 0.01 --save_video --save_tb"
+    assert set(flags.split(" --")) >= set(words.removeprefix("--").split(" --")[1:])
+    assert not here.exists()
+
+
+@pytest.mark.parametrize(
+    "words, folders",
+    [
+        ("-- --agent sac", ["sac/cartpole-swingup/s1"]),  # nothing differs
+        ("-- --agent sac,cody_sac --seed 3", ["agent=sac/cartpole-swingup/s3", "agent=cody_sac/cartpole-swingup/s3"]),
+        (
+            "-- --agent=sac --batch-size 8,9 --action_repeat 4,8",
+            [f"batch_size={b},action_repeat={r}/cartpole-swingup/s1" for b in "89" for r in "48"],
+        ),
+        ("-- --action_encoder true,false", [f"action_encoder={v}/cartpole-swingup/s1" for v in ("true", "false")]),
+        ("-- --domain_name walker --task_name walk,run", ["cody_sac/walker-walk/s1", "cody_sac/walker-run/s1"]),
+        ("-- --actor_log_std_min -10,-9 --seed 2", [f"actor_log_std_min=-{v}/cartpole-swingup/s2" for v in (10, 9)]),
+    ],
+)  # fmt: skip
+def test_folders_say_what_differs(here, call, words, folders):
+    assert [folder for _, folder in commands(call("sweep.py", f"--name a --dry_run {words}"))] == [
+        f"runs/a/{folder}" for folder in folders
+    ]
+
+
+def test_variants(here, call, monkeypatch):
+    here.parent.parent.joinpath("rows.txt").write_text("# two rows\n\nplain:\nbig: --batch_size 512  # as the notes\n")
+    monkeypatch.setattr(
+        sys, "argv", ["sweep.py", "--name", "a", "--dry_run", "--variants", "rows.txt", "--variant", "x-1: --agent sac"]
+    )
+    words = [*sys.argv[1:], "--", "--batch_size", "128", "--seed", "0,1"]
+    args, flags = sweep.parse_command(words)
+    runs = sweep.plan(args, flags, here)
+    assert [run.folder for run in runs] == [
+        f"{name}/cartpole-swingup/s{seed}" for seed in (0, 1) for name in ("x-1", "plain", "big")
+    ]
+    sizes = [run.flags[run.flags.index("--batch_size") + 1] for run in runs]
+    assert sizes == ["128", "128", "512"] * 2  # a variant's own flags win
+    args, flags = sweep.parse_command([*words[:2], "--only", "big,plain", *words[2:]])
+    assert [run.folder.split("/")[0] for run in sweep.plan(args, flags, here)] == ["big", "plain"] * 2
+
+
+@pytest.mark.parametrize("file", ["ablation.txt", "100k.txt"])
+def test_shipped_variants(here, call, file):
+    lines = [line for line in (ROOT / "sweeps" / file).read_text().splitlines() if not line.startswith("#")]
+    result = call("sweep.py", f"--name a --dry_run --variants {ROOT / 'sweeps' / file} -- --update_mode joint")
+    if file == "ablation.txt":  # SAC from states has no pixels to share
+        assert result.returncode == 2 and result.stderr.startswith("sweep.py: error: --update_mode joint: ")
+        assert result.stderr.endswith(" (in variant state)\n")
+        result = call("sweep.py", f"--name a --dry_run --variants {ROOT / 'sweeps' / file}")
+    assert result.stdout.splitlines()[-1] == f"{len(lines)} runs, 0 more are over"
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("", "needs one of --name, --status and --resume"),
+        ("--name a --status b", "needs one of --name, --status and --resume"),
+        ("--name a --job 2", "unrecognized flag --job; the nearest is --jobs"),
+        ("--name a --jobs 0", "--jobs 0: must be at least 1"),
+        ("--name a/b", "--name a/b: must be a single folder's name"),
+        ("--name ..", "--name ..: must be a single folder's name"),
+        ("--name a --element 1", "--element 1: goes with --resume and is not negative"),
+        ("--status runs", "--status runs: holds no runs"),
+        ("--resume runs/a", "--resume runs/a: not the folder of a sweep"),
+        ("--resume runs/a -- --seed 1", "--status and --resume take the runs of sweep.json, no others"),
+        ("--name a --only x", "--only x: no such variant; there are none"),
+        ("--name a --variants none.txt", "--variants none.txt: No such file or directory"),
+        ("--name a -- --omega_cody_loss 0.1,-1", "--omega_cody_loss -1.0: must not be negative"),
+        ("--name a -- --omga_cody_loss 0.1,1", "unrecognized flag --omga_cody_loss; the nearest is --omega_cody_loss"),
+        ("--name a -- --omega_cody_loss 0.1,", "--omega_cody_loss 0.1,: an empty value"),
+        ("--name a -- --omega_cody_loss 0.1,0.10", "omega_cody_loss=0.1/cartpole-swingup/s1 and omega_cody_loss=0.10/"),
+        ("--name a -- --seed 1 --seed 2", "--seed: given twice; values with commas between them make a grid"),
+        ("--name a -- --seed -1", "--seed -1: the seeds of a sweep are names of folders; give them"),
+        ("--name a -- seed 1", "seed: what stands behind the -- must be flags of train.py and their values"),
+        ("--name a -- --seed 1 2", "2: what stands behind the -- must be flags of train.py and their values"),
+        ("--name a -- --run_dir x", "--run_dir: a sweep names the folders of its runs"),
+        ("--name a -- --save_video yes", "--save_video yes: takes no value, or true and false for a grid"),
+        ("--name a -- --task walker", "--task walker: must be domain-task, such as cartpole-swingup"),
+        (
+            "--name a -- --task walker-wolk,walker-walk",
+            "--domain_name walker --task_name wolk: no such task; the nearest",
+        ),
+        ("--name a -- --camera_id 0,7", "--camera_id 7: must be from -1 to 1 on cartpole swingup"),
+        ("--name a -- --task walker-walk --domain_name walker", "--task walker: must be domain-task, such as"),
+    ],
+)
+def test_one_wrong_value_is_one_line_and_creates_nothing(here, call, words, line):
+    result = call("sweep.py", words)
+    assert result.returncode == 2 and result.stdout == ""
+    (said,) = result.stderr.splitlines()
+    assert said.startswith(f"sweep.py: error: {line}")
+    assert not here.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "variant, line",
+    [
+        ("x --agent sac", "--variant x --agent sac: must be 'name: flags'"),
+        ("..: --agent sac", "--variant ..: --agent sac: must be 'name: flags'"),
+        ("x: --batch_size 1,2", "--variant x: has a grid in it; grids stand behind the --"),
+        ("y: --seed 3", "--seed: has several values behind the --, and one in --variant y"),
+    ],
+)
+def test_wrong_variants(here, variant, line):
+    args, flags = sweep.parse_command(["--name", "a", "--variant", variant, "--", "--seed", "1,2"])
+    with pytest.raises(sweep.ConfigError) as error:
+        sweep.plan(args, flags, here)
+    assert str(error.value).startswith(line)
+
+
+def test_every_end_of_a_run(here, call):
+    """Finished, diverged, dead again and again, killed once, refused: each is reported, nothing is tried for ever."""
+    result = call("sweep.py", "--name a --jobs 3 -- --seed 0,1,2,3,4")
+    assert result.returncode == 1
+    said = result.stdout.splitlines()
+    run = "cody_sac/cartpole-swingup/s"
+    assert f"{run}0: finished, return 100" in said
+    assert f"{run}1: diverged: kl is nan" in said
+    assert said.count(f"{run}2: exit code 1: Traceback: a bug; started again") == 2
+    assert said.count(f"{run}2: exit code 1: Traceback: a bug; given up") == 1
+    assert said.count(f"{run}3: killed by SIGKILL: seed 3 begins; started again") == 1
+    assert f"{run}3: finished, return 103" in said
+    refused = f"{run}4: exit code 2: train.py: error: --device cuda: there is none"
+    assert [line for line in said if line.startswith(refused)] == [f"{refused}; given up"]
+    assert said[-1] == "2 finished, 1 diverged, 2 killed"
+    assert (here / f"{run}2/output.log").read_text().count("a bug") == 3  # nothing that a run has said is lost
+
+    # the same command tries again what has failed, and nothing else
+    before = {folder: (folder / "times").read_text() for folder in find_runs(here)}
+    assert call("sweep.py", "--name a --jobs 3 -- --seed 0,1,2,3,4").returncode == 1
+    changed = [folder.name for folder in before if (folder / "times").read_text() != before[folder]]
+    assert changed == ["s2", "s4"]
+    result = call("sweep.py", f"--status {here}")
+    assert result.returncode == 0 and f"{run}2: Traceback: a bug" in result.stdout
+
+
+def test_a_changed_grid_adds_and_never_removes(here, call):
+    assert call("sweep.py", "--name a -- --omega_cody_loss 0.1 --seed 0").returncode == 0
+    first = "cody_sac/cartpole-swingup/s0"
+    assert names(here) == [first]
+    result = call("sweep.py", "--name a -- --omega_cody_loss 1e-1,1e-2 --seed 0,1")
+    assert result.returncode == 0  # seed 1 diverges: a result
+    omegas = [
+        f"omega_cody_loss={omega}/cartpole-swingup/s{seed}" for omega, seed in (("1e-2", 0), ("1e-1", 1), ("1e-2", 1))
+    ]
+    assert sorted(names(here)) == sorted([first, *omegas])
+    assert len((here / first / "times").read_text().splitlines()) == 2  # it was there, and was not begun again
+    assert call("sweep.py", "--name a -- --omega_cody_loss 1e-2 --seed 0").returncode == 0
+    assert sorted(names(here)) == sorted([first, *omegas])
+
+    result = call("sweep.py", "--name a -- --omega_cody_loss 1e-1,1e-2 --seed 0 --batch_size 8")
+    assert result.returncode == 2 and "--batch_size 8: " in result.stderr and len(result.stderr.splitlines()) == 1
+    assert sorted(names(here)) == sorted([first, *omegas])
+
+
+def spans(folder):
+    """[(begin, end)] of the stand-ins, from their `times`."""
+    return [[float(line.split()[0]) for line in (run / "times").read_text().splitlines()] for run in find_runs(folder)]
+
+
+def test_jobs_share_the_machine(here, call, monkeypatch):
+    monkeypatch.setattr(sweep, "available_cores", lambda: 7)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert call("sweep.py", "--name a --jobs 3 -- --seed 6 --omega_cody_loss 1,2,3,4,5").returncode == 0
+    moments = sorted([(begin, 1) for begin, _ in spans(here)] + [(end, -1) for _, end in spans(here)])
+    running = [sum(change for _, change in moments[: k + 1]) for k in range(len(moments))]
+    assert max(running) == 3
+    told = [tuple((run / "times").read_text().split()[1:4]) for run in find_runs(here)]
+    assert {told[0], told[1]} == {("2", "4", "4"), ("2", "6", "6")} and told[2] == ("2", "4", "4")
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "3")
+    assert [(p["OMP_NUM_THREADS"], p["MUJOCO_EGL_DEVICE_ID"]) for p in sweep.places(2)] == [("1", "3")] * 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f6d")
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in sweep.places(2)] == ["GPU-8f6d"] * 2
+
+
+def test_gpus_that_the_driver_knows_of(here, monkeypatch):
+    driver = here.parent.parent / "bin" / "nvidia-smi"
+    driver.parent.mkdir()
+    driver.write_text("#!/bin/sh\nprintf '0\\n1\\n2\\n'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{driver.parent}:{os.environ['PATH']}")
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in sweep.places(4)] == ["0", "1", "2", "0"]
+    driver.write_text("#!/bin/sh\nexit 9\n")  # no driver
+    assert all("CUDA_VISIBLE_DEVICES" not in p for p in sweep.places(2))
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_stopped_sweep_goes_on(here, sent, code):
+    start = started(here.parent.parent)
+    command = ["--name", "a", "--jobs", "2", "--", "--seed", "5,0", "--omega_cody_loss", "1,2"]
+    process = start(*command)
+    waiting = [here / f"omega_cody_loss={omega}/cartpole-swingup/s5" for omega in (1, 2)]
+    until(lambda: all(load_state(run) == "running" for run in waiting))
+    process.send_signal(sent)
+    said = process.communicate(timeout=30)[0].splitlines()
+    assert process.returncode == code
+    assert [load_state(run) for run in find_runs(here)] == ["stopped", "stopped", "missing", "missing"]
+    assert "stopping: 2 runs are being saved" in said and said[-1] == "2 stopped, 2 waiting"
+
+    process = start("--resume", "runs/a", "--jobs", "4")
+    until(lambda: [load_state(run) for run in find_runs(here)] == ["running", "running", "finished", "finished"])
+    process.send_signal(sent)
+    process.communicate(timeout=30)
+
+
+def test_runs_that_a_killed_sweep_has_left_behind(here):
+    """They are neither started a second time nor joined by more than --jobs allows."""
+    start = started(here.parent.parent)
+    command = ["--name", "a", "--jobs", "1", "--", "--seed", "5,0"]
+    process = start(*command)
+    first = here / "cody_sac/cartpole-swingup/s5"
+    until(lambda: load_state(first) == "running")
+    process.kill()
+    process.wait()
+    process = start(*command)
+    time.sleep(3)
+    assert load_state(here / "cody_sac/cartpole-swingup/s0") == "missing" and load_state(first) == "running"
+    assert (first / "times").read_text().count("\n") == 1
+    os.kill(load_status(first)["pid"], signal.SIGTERM)
+    until(lambda: (first / "times").read_text().count("\n") == 2)  # saved, and then begun by the second sweep
+    assert load_status(first)["host"] == socket.gethostname()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+
+
+def test_on_a_terminal_the_table_is_drawn_live(here):
+    ours, theirs = pty.openpty()
+    process = started(here.parent.parent)("--name", "a", "--", "--seed", "7", stdout=theirs, stderr=theirs, text=False)
+    os.close(theirs)
+    shown = b""
+    while select.select([ours], [], [], 30)[0]:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # the end of a terminal
+            break
+    assert process.wait() == 0
+    text = shown.decode()
+    assert text.count("cody_sac/cartpole-swingup/s7") >= 2 and "running" in text and "\x1b[" in text
+    assert "1 finished" in text.splitlines()[-1]
+
+
+def test_status_needs_the_folders_alone(here, call):
+    call("sweep.py", "--name a -- --seed 0,1")
+    copy = here.parent / "copy"
+    shutil.copytree(here, copy)
+    (copy / "cody_sac/cartpole-swingup/s1/run.json").unlink()
+    result = call("sweep.py", f"--status {here.parent}")
+    assert result.returncode == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["a/cody_sac/cartpole-swingup/s0", "finished", "63,000", "of", "63,000", "100"] in lines
+    assert ["a/cody_sac/cartpole-swingup/s1", "diverged", "7", "of", "63,000", "101"] in lines
+    assert ["copy/cody_sac/cartpole-swingup/s1", "stopped", "0", "of", "63,000", "101"] in lines
+
+
+# --- Slurm, as far as it goes without a cluster; test_slurm.py has one
+
+
+@pytest.fixture
+def cluster(here, monkeypatch):
+    """Commands named as Slurm's that note what they are given."""
+    folder = here.parent.parent / "bin"
+    folder.mkdir()
+    sbatch = f"#!/bin/sh\ncat > {folder}/script\nenv > {folder}/env\necho 17\n"
+    for name, text in (("sbatch", sbatch), ("squeue", f"#!/bin/sh\ncat {folder}/queue\n")):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "queue").write_text("")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def slurm(call, rest):
+    return call("sweep.py", f"--name a --slurm --time=1:00:00 {rest}")
+
+
+def test_the_batch_script(here, call, cluster, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "3")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "64")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
+    dry = slurm(call, "--dry_run --jobs 4 -- --seed 0,1,2")
+    assert dry.returncode == 0 and not here.exists()
+    done = slurm(call, "--jobs 4 -- --seed 0,1,2")
+    assert done.returncode == 0 and done.stdout.startswith("job 17: 3 runs in 3 elements")
+    script = (cluster / "script").read_text()
+    assert script == dry.stdout.removesuffix("\n")
+    assert not re.search("@[A-Z_]+@", script)
+    for line in (
+        "--job-name=a",
+        "--array=0-2%4",
+        "--requeue",
+        "--signal=B:USR1@90",
+        "--open-mode=append",
+        "--time=1:00:00",
+    ):
+        assert f"#SBATCH {line}\n" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    told = dict(line.partition("=")[::2] for line in (cluster / "env").read_text().splitlines())
+    assert {name for name in told if name.startswith("SLURM_")} == {"SLURM_CONF"} and told["SBATCH_ACCOUNT"] == "lab"
+    assert (here / "slurm").is_dir()  # Slurm makes no folder for an output
+
+
+def test_only_what_is_not_over_is_submitted_and_only_once(here, call, cluster):
+    call("sweep.py", "--name a -- --seed 0")
+    assert slurm(call, "--runs_per_job 2 -- --seed 0,1,2,3,4").stdout.startswith("job 17: 4 runs in 3 elements")
+    assert "#SBATCH --array=0-2\n" in (cluster / "script").read_text()
+    (cluster / "queue").write_text("0\n2\n")
+    assert slurm(call, "-- --seed 0,1,2,3,4").stdout.startswith("job 17: 2 runs in 2 elements")
+    assert "#SBATCH --array=2-3\n" in (cluster / "script").read_text()
+    (cluster / "queue").write_text("0\n1\n2\n3\n4\n")
+    assert slurm(call, "-- --seed 0,1,2,3,4").stdout == "runs/a: nothing to submit\n"
+
+
+def test_an_element_does_its_own_runs(here, call, cluster):
+    slurm(call, "--runs_per_job 2 -- --seed 0,1,6")
+    result = call("sweep.py", f"--resume {here} --element 0 --runs_per_job 2")
+    assert result.returncode == 0 and [load_state(run) for run in find_runs(here)] == [
+        "finished",
+        "diverged",
+        "missing",
+    ]
+    assert call("sweep.py", f"--resume {here} --element 1 --runs_per_job 2").returncode == 0
+    assert load_args(here / "cody_sac/cartpole-swingup/s6")["seed"] == 6
+
+
+def test_no_cluster(here, call, monkeypatch):
+    monkeypatch.setenv("PATH", str(here))
+    result = slurm(call, "-- --seed 0")
+    assert result.returncode == 2 and not here.exists()
+    assert (
+        result.stderr
+        == "sweep.py: error: --slurm: there is no sbatch here; without --slurm the sweep runs on this machine\n"
+    )
+
+
+def test_a_cluster_that_refuses(here, call, cluster):
+    (cluster / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid job array specification' >&2\nexit 1\n")
+    result = slurm(call, "-- --seed 0")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "Invalid job array specification" in result.stderr
+
+
+# --- real runs
+
+TINY = (
+    f"{SMALL} --batch_size 4 --num_train_steps 60 --init_steps 20 --eval_freq 30 --num_eval_episodes 1 --no_env_worker"
+)
+TINY = TINY.replace("--action_repeat 4", "--action_repeat 100")
+
+
+def test_a_real_run(tmp_path):
+    words = f"--name a --work_dir {tmp_path} -- {TINY} --task cartpole-balance --seed 3".split()
+    done = subprocess.run([sys.executable, ROOT / "sweep.py", *words], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    run = tmp_path / "a/cody_sac/cartpole-balance/s3"
+    assert find_runs(tmp_path) == [run] and load_state(run) == "finished"
+    assert [row["step"] for row in load_rows(run, "eval.log")] == [0, 30, 60]
+    assert list((run / "tb").iterdir()) and "seed 3, on " in (run / "output.log").read_text()
+
+
+@pytest.mark.slow
+def test_kill_9_of_everything_changes_nothing(tmp_path):
+    """A sweep of real runs, its whole process tree killed at several moments, has the evaluations of one left alone."""
+    grid = f"-- {TINY} --checkpoint_minutes 0.01 --omega_cody_loss 0.1,0.01 --seed 0,1".split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(name):
+        words = ["--name", name, "--work_dir", tmp_path, "--jobs", "2", *grid]
+        return subprocess.Popen([sys.executable, ROOT / "sweep.py", *words], env=environment, stdout=subprocess.DEVNULL)
+
+    assert start("alone").wait() == 0
+    for seconds in (25, 35, 45):
+        process = start("killed")
+        time.sleep(seconds)
+        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for each in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
+    assert start("killed").wait() == 0
+    evaluations = [
+        {
+            run.relative_to(tmp_path / name): [
+                {key: value for key, value in row.items() if key != "duration"} for row in load_rows(run, "eval.log")
+            ]
+            for run in find_runs(tmp_path / name)
+        }
+        for name in ("alone", "killed")
+    ]
+    assert evaluations[0] == evaluations[1] and len(evaluations[0]) == 4
