@@ -496,7 +496,6 @@ def run_here(folder, runs, jobs):
     with screen or contextlib.nullcontext():
         try:
             while sweep.step():
-                signals.check()
                 if time.monotonic() >= next_look:
                     next_look = time.monotonic() + REFRESH
                     for run in todo:
@@ -507,6 +506,7 @@ def run_here(folder, runs, jobs):
                         with contextlib.suppress(OSError):
                             screen.update(report(_by_state(standings)), refresh=True)
                 time.sleep(POLL)
+                signals.check()  # before a process that the same signal has ended could be started again
             code = 1 if sweep.failed else 0
         except signals.Stopped as stop:
             code = stop.code

@@ -19,7 +19,7 @@ sweep=$!
 # USR1 comes 90 seconds before the time limit: save, and come back later. TERM: cancelled, or preempted, where Slurm
 # itself brings the element back: save.
 trap 'again=yes; kill -TERM $sweep' USR1
-trap 'kill -TERM $sweep' TERM
+trap 'again=; kill -TERM $sweep' TERM
 while kill -0 $sweep 2> /dev/null; do wait $sweep; done
 wait $sweep
 code=$?
