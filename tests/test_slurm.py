@@ -1,0 +1,122 @@
+"""A sweep on a real Slurm cluster of one node, interrupted in every way that a cluster knows, beside the same one here."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from conftest import SMALL
+from slurm_cluster import cluster, missing
+
+from run_folder import find_runs, load_rows, load_state, load_status
+
+ROOT = pathlib.Path(__file__).parent.parent
+TIMES = ("duration", "decisions_per_s", "updates_per_s", "wall_seconds")
+FLAGS = SMALL.replace("--action_repeat 4", "--action_repeat 50")
+FLAGS = f"{FLAGS} --batch_size 4 --num_train_steps 400 --init_steps 20 --eval_freq 100 --num_eval_episodes 1"
+FLAGS = f"{FLAGS} --no_env_worker --omega_cody_loss 0.1,0.01 --seed 0,1"
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=f"no Slurm here: {missing()}")]
+
+
+def sweep(folder, *words, env=os.environ):
+    """What sweep.py says in `folder`."""
+    command = [sys.executable, ROOT / "sweep.py", *words]
+    done = subprocess.run(command, cwd=folder, env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def result(folder):
+    """Every row of every run, without times."""
+    return {
+        (run.relative_to(folder), log): [
+            {key: value for key, value in row.items() if key not in TIMES} for row in load_rows(run, log)
+        ]
+        for run in find_runs(folder)
+        for log in ("train.log", "eval.log")
+    }
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """The sweep as this machine does it."""
+    folder = tmp_path_factory.mktemp("here")
+    sweep(folder, "--name", "a", "--jobs", "2", "--", *FLAGS.split())
+    return result(folder / "runs" / "a")
+
+
+@pytest.fixture
+def one(tmp_path):
+    (tmp_path / "cluster").mkdir()
+    with cluster(tmp_path / "cluster") as one:
+        yield one
+
+
+def submit(folder, one, *options):
+    words = ["--name", "a", "--slurm", "--time=10", *options, "--", *FLAGS.split()]
+    said = sweep(folder, *words, env=one.env)
+    return said.split()[1].rstrip(":"), said
+
+
+def settle(one, runs, states, seconds=300):
+    """Wait until the runs are in these states and the queue is empty."""
+    one.wait(
+        lambda: [load_state(run) for run in runs] == states and not one.run("squeue", "--noheader").strip(), seconds
+    )
+
+
+def at_work(one, run, step):
+    """Wait until a run is beyond a step."""
+    one.wait(lambda: load_state(run) == "running" and load_status(run)["step"] > step, 120)
+
+
+def element(one, job, index):
+    """What Slurm says of an element, {name: value}."""
+    said = one.run("scontrol", "show", "job", "-o", f"{job}_{index}")
+    return dict(word.partition("=")[::2] for word in said.split())
+
+
+def test_interrupted_in_every_way(tmp_path, one, here):
+    job, said = submit(tmp_path, one, "--jobs", "2")
+    assert f"job {job}: 4 runs in 4 elements" in said
+    folder = tmp_path / "runs" / "a"
+    runs = find_runs(folder)
+    assert "4 waiting" in sweep(tmp_path, "--status", "runs/a")
+
+    at_work(one, runs[0], 30)
+    assert element(one, job, 2)["JobState"] == "PENDING"  # --jobs at once
+    one.run("scancel", "--batch", "--signal=USR1", f"{job}_0")  # as Slurm does ahead of the time limit
+    one.wait(lambda: element(one, job, 0)["Restarts"] == "1", 60)
+
+    at_work(one, runs[1], 30)
+    one.run("scontrol", "requeue", f"{job}_1")
+    one.wait(lambda: element(one, job, 1)["Restarts"] == "1", 60)
+
+    at_work(one, runs[2], 30)
+    assert submit(tmp_path, one)[1] == "runs/a: nothing to submit\n"  # what is in the queue is not submitted again
+    one.run("scancel", f"{job}_2")
+    one.wait(lambda: load_state(runs[2]) == "stopped", 60)
+
+    one.wait(lambda: "running" in [load_state(run) for run in (runs[0], runs[1], runs[3])], 120)
+    one.node_down()
+    one.node_up()
+    settle(one, runs, ["finished", "finished", "stopped", "finished"])  # cancelled is cancelled
+
+    again, said = submit(tmp_path, one)
+    assert f"job {again}: 1 runs in 1 elements" in said
+    settle(one, runs, ["finished"] * 4)
+    assert result(folder) == here
+    assert sum("continued" in (run / "args.json").read_text() for run in runs) >= 3
+
+
+def test_the_time_limit_and_a_more_urgent_job(tmp_path, one, here):
+    """Runs of a minute's limit come back until they are done, two in an element, and so do those that are preempted."""
+    submit(tmp_path, one, "--slurm", "--time=1", "--runs_per_job", "2")
+    folder = tmp_path / "runs" / "a"
+    runs = find_runs(folder)
+    at_work(one, runs[2], 30)
+    one.run("sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1")
+    settle(one, runs, ["finished"] * 4, 600)
+    assert result(folder) == here
