@@ -1,4 +1,4 @@
-"""A sweep on a real Slurm cluster of one node, interrupted in every way that a cluster knows, beside the same one here."""
+"""A sweep on a real Slurm cluster of one node, interrupted in every way that a cluster knows, beside one left alone."""
 
 import os
 import pathlib
@@ -54,17 +54,17 @@ def one(tmp_path):
         yield one
 
 
-def submit(folder, one, *options):
-    words = ["--name", "a", "--slurm", "--time=10", *options, "--", *FLAGS.split()]
+def submit(folder, one, limit="--time=10", *options):
+    """Submit the sweep; the job's number and what sweep.py says."""
+    words = ["--name", "a", "--slurm", limit, *options, "--", *FLAGS.split()]
     said = sweep(folder, *words, env=one.env)
     return said.split()[1].rstrip(":"), said
 
 
 def settle(one, runs, states, seconds=300):
-    """Wait until the runs are in these states and the queue is empty."""
-    one.wait(
-        lambda: [load_state(run) for run in runs] == states and not one.run("squeue", "--noheader").strip(), seconds
-    )
+    """Wait until the queue is empty; then the runs are in these states."""
+    one.wait(lambda: not one.run("squeue", "--noheader").strip(), seconds)
+    assert [load_state(run) for run in runs] == states
 
 
 def at_work(one, run, step):
@@ -79,7 +79,7 @@ def element(one, job, index):
 
 
 def test_interrupted_in_every_way(tmp_path, one, here):
-    job, said = submit(tmp_path, one, "--jobs", "2")
+    job, said = submit(tmp_path, one, "--time=10", "--jobs", "2")
     assert f"job {job}: 4 runs in 4 elements" in said
     folder = tmp_path / "runs" / "a"
     runs = find_runs(folder)
@@ -87,8 +87,10 @@ def test_interrupted_in_every_way(tmp_path, one, here):
 
     at_work(one, runs[0], 30)
     assert element(one, job, 2)["JobState"] == "PENDING"  # --jobs at once
-    one.run("scancel", "--batch", "--signal=USR1", f"{job}_0")  # as Slurm does ahead of the time limit
-    one.wait(lambda: element(one, job, 0)["Restarts"] == "1", 60)
+    # as Slurm does ahead of the time limit; scancel itself goes on trying when the element is in the queue again
+    with subprocess.Popen(["scancel", "--batch", "--signal=USR1", f"{job}_0"], env=one.env) as signalling:
+        one.wait(lambda: element(one, job, 0)["Restarts"] == "1", 60)
+        signalling.kill()
 
     at_work(one, runs[1], 30)
     one.run("scontrol", "requeue", f"{job}_1")
@@ -113,10 +115,11 @@ def test_interrupted_in_every_way(tmp_path, one, here):
 
 def test_the_time_limit_and_a_more_urgent_job(tmp_path, one, here):
     """Runs of a minute's limit come back until they are done, two in an element, and so do those that are preempted."""
-    submit(tmp_path, one, "--slurm", "--time=1", "--runs_per_job", "2")
+    submit(tmp_path, one, "--time=1", "--runs_per_job", "2")
     folder = tmp_path / "runs" / "a"
     runs = find_runs(folder)
     at_work(one, runs[2], 30)
     one.run("sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1")
     settle(one, runs, ["finished"] * 4, 600)
     assert result(folder) == here
+    assert all("DUE TO" in log.read_text() for log in (folder / "slurm").iterdir())  # requeued or preempted
