@@ -215,6 +215,10 @@ class Config:
     """Warn when KL or the critic loss passes this multiple of its running median."""
     save_tb: bool = False
     """Write TensorBoard events to tb/."""
+    tb_media: bool = True
+    """Pictures and histograms among them, which take most of the time that a page with many runs needs to load."""
+    wandb: str | None = None
+    """Send them to this project of Weights & Biases too; WANDB_MODE=offline keeps them in wandb/. None: do not."""
     save_video: bool = False
     """Write an mp4 of the first episode of each evaluation to video/."""
     save_model: bool = False
@@ -248,7 +252,7 @@ def complete(config: Config) -> Config:
 # may differ when a run goes on: what they change is no result, or rounding alone
 UNCHANGING = (
     "device compile replay_device replay_storage env_worker work_dir run_dir log_interval divergence_factor save_tb "
-    "save_video save_model checkpoint_minutes keep_checkpoint"
+    "tb_media wandb save_video save_model checkpoint_minutes keep_checkpoint"
 ).split()
 
 AT_LEAST_1 = (
@@ -301,6 +305,8 @@ def _ranges(c: Config):
     yield 0 <= c.seed < 2**32, "seed", "must be -1 (drawn for you) or in [0, 2^32)"
     below = f"must be below the {EPISODE_LENGTH} steps of an episode, so that it has two decisions or more"
     yield c.action_repeat < EPISODE_LENGTH, "action_repeat", below
+    project = c.wandb is None or re.fullmatch(r"[^/\\#?%:]{1,128}", c.wandb)
+    yield project, "wandb", "must be 1 to 128 characters, none of them / \\ # ? % or :"
     yield c.init_steps >= 2, "init_steps", "must be at least 2, to leave a pair of transitions to sample"
 
 
@@ -352,6 +358,7 @@ def _combinations(c: Config):
         (["reward_norm"], "--reward_prediction contrastive or regression", c.reward_prediction != "none"),
         (DECODER, "--agent sac_ae", c.agent == "sac_ae"),
         (NOT_SAC_AE, "--agent cody_sac or sac", c.agent != "sac_ae"),
+        (["tb_media", "wandb"], "--save_tb", c.save_tb),
     ]
     defaults = {field.name: field.default for field in dataclasses.fields(c)}
     for flags, need, met in needs:

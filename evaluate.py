@@ -6,6 +6,7 @@ python evaluate.py --run ... --step 10000 --num_eval_episodes 50 --video episode
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -86,6 +87,9 @@ def check_machine(config, device):
     variable, compiler = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
     if config.compile and not shutil.which(os.environ.get(variable, compiler)):
         raise ConfigError(f"--compile: needs a compiler and finds none; install {compiler}")
+    # a folder of that name, as the package leaves behind, has no origin
+    if config.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):
+        raise ConfigError(f"--wandb {config.wandb}: the package is not installed; pip install wandb")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Where a run's numbers go: the console, JSON lines (train.log, eval.log) and TensorBoard."""
+"""Where a run's numbers go: the console, JSON lines (train.log, eval.log), TensorBoard and Weights & Biases."""
 
 import collections
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -16,6 +17,9 @@ import torch
 from termcolor import colored
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+import dashboard
+from run_folder import load_rows, run_id
 
 # name in the logs -> column on the console, as the released code's logger shows them
 TRAIN_COLUMNS = {
@@ -34,6 +38,7 @@ TRAIN_COLUMNS = {
     "wall_seconds": "T",
 }
 MEDIAN_WINDOW = 20  # readings in the running median of the divergence warning; it needs half of them
+WANDB_SECONDS = 20  # at the end of a run for what is not yet uploaded; a cluster may wait 30 before it kills
 EVAL_COLUMNS = {"episode": "E", "step": "S", "episode_reward": "R", "duration": "D"}
 
 
@@ -47,8 +52,8 @@ class Logger:
 
     def __init__(self, folder, config):
         self._folder = pathlib.Path(folder)
-        self._action_repeat = config.action_repeat
-        self._save_tb, self._writer = config.save_tb, None
+        self._config = config
+        self._writer = self._wandb = None
         self._purge_step = 0  # environment step from which TensorBoard is to forget what it has read
         self._unread = []  # (step, metrics still on the device)
         self._means = []  # of the intervals read since the last train row: {metric: (number of its values, mean)}
@@ -63,6 +68,26 @@ class Logger:
         self._warned = False  # in this episode
         # no bar where there is no terminal: then the rows alone, as plain lines
         self._bar = tqdm(total=config.num_train_steps, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
+
+    def open(self):
+        """Begin the TensorBoard events, if they are asked for, of a run whose args.json is there.
+
+        Their file names the step that a resumed run starts from.
+
+        Raises:
+            OSError: Weights & Biases has refused.
+        """
+        if not self._config.save_tb:
+            return
+        run, is_first = run_id(self._folder), not self._event_files()
+        if self._config.wandb:
+            self._wandb = _open_wandb(self._folder, self._config, run)
+        # a TensorBoard that is watching ignores the step of a run's first file, so that one has a step too
+        self._writer = SummaryWriter(self._folder / "tb", purge_step=self._purge_step)
+        if is_first:
+            self._writer.add_custom_scalars(dashboard.LAYOUT)
+            row = f"{self._folder} {run}"  # sorts and reads well, and no two runs share it
+            self._writer.file_writer.add_summary(dashboard.hparams(self._config, row))
 
     def record(self, step, metrics):
         """Keep an update's metrics (tensors) where they are until `read`."""
@@ -96,7 +121,7 @@ class Logger:
             raise FloatingPointError(f"{name} is {value} at step {step}; last metrics: {self._last}")
         self._last = ", ".join(f"{n} {mean:.6g}" for n, mean in means.items() if isinstance(mean, float))
         self._means.append({name: (len(columns[name]), mean) for name, mean in means.items()})
-        self._scalars("train", last_step, means)
+        self._events(last_step, means)
         self._watch(last_step, means)
 
     def explain(self, error):
@@ -139,7 +164,7 @@ class Logger:
         self._means = []
         self._warned = False
         self._row("train", step, values, TRAIN_COLUMNS, "yellow")
-        self._scalars("train", step, {"episode_reward": values["episode_reward"], **rates})
+        self._events(step, {"train_episode_reward": values["episode_reward"], **rates})
 
     def physics_error(self, step, episode):
         """One line about an episode that ended since its physics diverged; counted in the train rows."""
@@ -151,19 +176,22 @@ class Logger:
         self.read()  # a loss that is not finite stops the run here at the latest
         self._row_time += values["duration"]  # the training episode stood still meanwhile
         self._row("eval", step, values, EVAL_COLUMNS, "green")
-        scalars = {name: value for name, value in values.items() if isinstance(value, float)}
-        self._scalars("eval", step, scalars)
+        if self._writer:
+            best = max(row["episode_reward"] for row in load_rows(self._folder, "eval.log"))
+            scalars = {name: value for name, value in values.items() if isinstance(value, float)}
+            scalars["episode_reward_best"] = best
+            self._events(step, {f"eval_{name}": value for name, value in scalars.items()})
 
     def media(self, step, images, named_parameters):
         """TensorBoard only: {name: (N, 3, H, W)} images, and histograms of parameters."""
         self.read()  # parameters that are not finite have no histogram: the loss says so better
-        if not self._save_tb:
+        if not (self._writer and self._config.tb_media):
             return
-        env_step = step * self._action_repeat
+        env_step = step * self._config.action_repeat
         for name, value in images.items():
-            self._tensorboard().add_images(name, value.cpu(), env_step)
+            self._writer.add_images(f"visual/{name}", value.cpu(), env_step)
         for name, parameter in named_parameters:
-            self._tensorboard().add_histogram(f"parameters/{name}", parameter.detach().cpu(), env_step)
+            self._writer.add_histogram(f"weights/{name}", parameter.detach().cpu(), env_step)
 
     def progress(self, step):
         """Move the progress bar to `step`."""
@@ -205,7 +233,7 @@ class Logger:
         self._unread, self._means, self._last = state["unread"], state["means"], state["last"]
         for name, window in self._watched.items():
             window.extend(state["watched"][name])
-        self._purge_step = state["step"] * self._action_repeat + 1
+        self._purge_step = state["step"] * self._config.action_repeat + 1
         self.progress(state["step"])
 
     def cut_logs(self, lengths):
@@ -250,9 +278,24 @@ class Logger:
             if what:
                 with contextlib.suppress(OSError):
                     what.close()
+        if self._wandb:
+            self._close_wandb()
+
+    def _close_wandb(self):
+        """Wait for the upload; what does it may be gone before us, as after a TERM to every process of a job."""
+        import wandb
+
+        code = int(self._step < self._config.num_train_steps)  # a run that is to go on has not succeeded
+        try:
+            try:
+                self._wandb.finish(code)
+            finally:
+                wandb.teardown(code)  # else it is tried again at the end of this process
+        except Exception as error:  # of many kinds, and no fault of the run
+            self.message(f"warning: --wandb: it lacks what is newest in tb/ ({type(error).__name__})")
 
     def _row(self, kind, step, values, columns, colour):
-        row = {"step": step, "env_step": step * self._action_repeat, **values}
+        row = {"step": step, "env_step": step * self._config.action_repeat, **values}
         path = self._folder / f"{kind}.log"
         try:
             with open(path, "a") as log:
@@ -262,24 +305,45 @@ class Logger:
         cells = [f"{label}: {_cell(name, row[name])}" for name, label in columns.items() if name in row]
         self.message(" | ".join([colored(f"| {kind:5}", colour), *cells]))
 
-    def _tensorboard(self):
-        """The writer, opened when there is something to write: its file names the step that a resumed run starts from.
-
-        A TensorBoard that is watching ignores the step of a run's first file, so that one has a step too.
-        """
-        if not self._writer:
-            self._writer = SummaryWriter(self._folder / "tb", purge_step=self._purge_step)
-        return self._writer
-
     def _event_files(self):
         return sorted((self._folder / "tb").glob("events.out.tfevents.*"))
 
-    def _scalars(self, kind, step, values):
-        if self._save_tb:
-            writer = self._tensorboard()
+    def _events(self, step, values):
+        """Scalars for TensorBoard, and lists as histograms."""
+        if self._writer:
+            env_step = step * self._config.action_repeat
             for name, value in values.items():
-                add = writer.add_histogram if isinstance(value, list) else writer.add_scalar
-                add(f"{kind}/{name}", np.array(value), step * self._action_repeat)
+                if not isinstance(value, list):
+                    self._writer.add_scalar(dashboard.tag(name), value, env_step)
+                elif self._config.tb_media:
+                    self._writer.add_histogram(f"weights/{name}", np.array(value), env_step)
+
+
+def _open_wandb(folder, config, run):
+    """A run of Weights & Biases that follows the event files made from now on; it writes nowhere but in `folder`.
+
+    Its own process is of another session, so that Ctrl-C in a terminal does not reach it.
+
+    Raises:
+        OSError: it has refused.
+    """
+    for name in ("CACHE", "DATA"):
+        os.environ.setdefault(f"WANDB_{name}_DIR", str(folder.resolve() / "wandb"))
+    import wandb  # seconds, and not in requirements.txt
+
+    try:
+        return wandb.init(
+            project=config.wandb,
+            name=str(folder),
+            id=run,
+            resume="allow",
+            config=dataclasses.asdict(config),
+            dir=folder,
+            sync_tensorboard=True,
+            settings=wandb.Settings(console="off", quiet=True, finish_timeout=WANDB_SECONDS),
+        )
+    except wandb.Error as error:
+        raise OSError(f"--wandb {config.wandb}: {str(error).splitlines()[0]}") from None
 
 
 def prepare_console():

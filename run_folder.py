@@ -4,7 +4,7 @@ args.json    every flag, what the run was made with, and each continuation
 run.json     one small object, whole at any moment: `state` (running, stopped, finished, diverged), `step`, `env_step`,
              `num_train_steps`, `time` of the last word (seconds since 1970), `host`, `pid`, `message` of its end
 lock         held by the process that writes here
-train.log, eval.log, tb/, video/, model/, checkpoint/
+train.log, eval.log, tb/, wandb/, video/, model/, checkpoint/
 
 A folder of runs may hold sweep.json, which names those that are to be there.
 """
@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -81,6 +82,16 @@ def load_args(run):
         return args
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise _no_run(run, error) from None
+
+
+def run_id(run):
+    """A name for the run in folder `run` that no other has, 16 characters; it stays when the run goes on or is moved.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    args = load_args(run)
+    return hashlib.sha256(json.dumps([args["time"], args["command"], args["seed"]]).encode()).hexdigest()[:16]
 
 
 def load_config(run):

@@ -195,6 +195,7 @@ def prepare():
         replay.begin_episode(env.reset())
     if continues:
         folder.begin(progress.step, made_with)
+    logger.open()
     on = f"goes on at step {progress.step}, " if continues else ""
     logger.message(f"{folder}: {on}{describe(config, device, replay)}")
     if config.precision == "bf16" and device.type == "cpu" and (ratio := bf16_time_ratio()) >= 1:
@@ -221,24 +222,23 @@ def main():
         exit_with(error)
 
     config, folder, _, _, _, agent, logger, progress, checkpoints = run
-    try:
+    with contextlib.closing(logger):  # the last, since an upload may take its time
         try:
-            train(*run)
-        except signals.Stopped:
-            checkpoints.save()
-            raise
-        finish(config, folder, agent, logger, progress, checkpoints)
-        return
-    except signals.Stopped as stop:
-        state, code, why = "stopped", stop.code, f"{stop}; --run_dir {folder} goes on at step {progress.step}"
-    except FloatingPointError as error:
-        state, code, why = "diverged", DIVERGED, logger.explain(error)
-    except (dmc2gym.EnvError, MemoryError, OSError) as error:  # a full disk too
-        state, code, why = "stopped", 1, error
-    finally:
-        logger.close()
-    with contextlib.suppress(OSError):
-        folder.report(state=state, step=progress.step, message=f"{folder}: stopped: {why}")
+            try:
+                train(*run)
+            except signals.Stopped:
+                checkpoints.save()
+                raise
+            finish(config, folder, agent, logger, progress, checkpoints)
+            return
+        except signals.Stopped as stop:
+            state, code, why = "stopped", stop.code, f"{stop}; --run_dir {folder} goes on at step {progress.step}"
+        except FloatingPointError as error:
+            state, code, why = "diverged", DIVERGED, logger.explain(error)
+        except (dmc2gym.EnvError, MemoryError, OSError) as error:  # a full disk too
+            state, code, why = "stopped", 1, error
+        with contextlib.suppress(OSError):
+            folder.report(state=state, step=progress.step, message=f"{folder}: stopped: {why}")
     leave(f"{folder}: stopped: {why}", code)
 
 

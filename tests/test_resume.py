@@ -89,9 +89,10 @@ def curves(folder):
         return {}
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.split("/")[1] not in TIMES]
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
     shown = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-    return shown | {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    shown |= {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    return shown | {tag: len(events.Tensors(tag)) for tag in events.Tags()["tensors"]}  # the flags and the layout
 
 
 def result(folder):

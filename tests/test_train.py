@@ -135,10 +135,10 @@ def test_tensorboard(trained):
     events = EventAccumulator(str(folder / "tb"), size_guidance={"images": 0})
     events.Reload()
     tags = events.Tags()
-    assert {"train/critic_loss", "train/kl", "train/episode_reward", "eval/episode_reward"} <= set(tags["scalars"])
-    assert [e.step for e in events.Scalars("eval/episode_reward")] == [0, 1500, 3000, 3600]
-    assert tags["images"] == ["augmented/obs_prev", "augmented/obs", "augmented/next_obs"]
-    assert "parameters/encoder.convs.layers.0.weight" in tags["histograms"]
+    assert {"losses/critic_loss", "charts/kl", "charts/train_episode_reward"} <= set(tags["scalars"])
+    assert [e.step for e in events.Scalars("charts/eval_episode_reward")] == [0, 1500, 3000, 3600]
+    assert tags["images"] == [f"visual/augmented/{name}" for name in ("obs_prev", "obs", "next_obs")]
+    assert "weights/encoder.convs.layers.0.weight" in tags["histograms"]
 
 
 def test_video_plays(trained):
@@ -351,7 +351,7 @@ def test_whole_runs_of_variants(tmp_path, call, flags):
         assert 0 < last["psnr"] < 60 and -1 < last["ssim"] <= 1
         events = EventAccumulator(str(folder / "tb"), size_guidance={"images": 0})
         events.Reload()
-        assert "reconstruction" in events.Tags()["images"]
+        assert "visual/reconstruction" in events.Tags()["images"]
     if "published" in flags:
         assert {"temporal_nce", "dynamics_loss", "latent_rank"} <= set(last)
 
