@@ -34,6 +34,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+import dashboard
 import dmc2gym
 import signals
 from config import UNCHANGING, Config, ConfigError, exit_with, leave, parse, parse_flags, show
@@ -209,6 +210,8 @@ def as_flags(point):
         point = {"domain_name": domain, "task_name": task, **point}
     if "save_tb" not in point and "no_save_tb" not in point:
         point["save_tb"] = None
+    if "save_tb" in point and "tb_media" not in point:
+        point["no_tb_media"] = None  # which take most of the time that a page with many runs needs
     words = []
     for name, value in point.items():
         if value in ("true", "false"):
@@ -291,6 +294,7 @@ def store(folder, runs, jobs):
     """Write sweep.json, and beside it for TensorBoard which flags differ."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "sweep.json", {"runs": [run._asdict() for run in runs], "jobs": jobs})
+    dashboard.write_hparams_config(folder, differing([parse_grid(run.flags) for run in runs]))
 
 
 def differing(points):
