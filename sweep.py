@@ -43,6 +43,7 @@ from run_folder import (
     DIVERGED,
     OUTPUT,
     Over,
+    check_writable,
     find_runs,
     is_written,
     load_args,
@@ -248,6 +249,7 @@ def plan(args, flags, folder):
         if twin := runs.get(_result(parse(run.flags))):  # perhaps named when less has differed
             runs[_result(parse(run.flags))] = Run(run.folder, twin.flags)
     for run in runs.values():
+        check_writable("name", str(folder / run.folder))
         is_over(folder, run)
     return list(runs.values())
 
