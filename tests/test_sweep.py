@@ -211,7 +211,7 @@ def test_shipped_variants(here, call, file):
         ),
         ("--name a -- --camera_id 0,7", "--camera_id 7: must be from -1 to 1 on cartpole swingup"),
         ("--name a -- --task walker-walk --domain_name walker", "--task walker: must be domain-task, such as"),
-        ("--name a --work_dir code/train.py", "--name code/train.py/a/cody_sac/cartpole-swingup/s1: "),
+        ("--name a --work_dir code/train.py", "code/train.py/a/sweep.json: cannot be read"),
         (f"--name {'a' * 256}", f"--name {('runs/' + 'a' * 256)[:60]}...: no name in it may be longer than 255 bytes"),
     ],
 )
