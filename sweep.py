@@ -10,8 +10,6 @@ What stands behind the -- are flags of train.py; commas make the grid. A run lie
 <work_dir>/<name>/<what differs>/<task>/s<seed>/, and <work_dir>/<name>/sweep.json names them all.
 """
 
-import collections
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -20,56 +18,21 @@ import pathlib
 import re
 import shlex
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import tyro
-from rich.console import Console, Group
-from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 import dashboard
 import dmc2gym
 import signals
+import slurm
 from config import UNCHANGING, Config, ConfigError, exit_with, leave, parse, parse_flags, show
-from machine import available_cores
-from run_folder import (
-    DIVERGED,
-    OUTPUT,
-    Over,
-    check_writable,
-    find_runs,
-    is_written,
-    load_args,
-    load_rows,
-    load_state,
-    load_status,
-    parse_run,
-    write_json,
-)
+from processes import HERE, Run, command, run_here
+from run_folder import Over, check_writable, find_runs, parse_run, write_json
+from standing import look, make_console, report
 
-HOST = socket.gethostname()
-HERE = pathlib.Path(__file__).resolve().parent
-ATTEMPTS = 3  # of a run that dies
-POLL = 0.2  # seconds between two looks at the processes
-REFRESH = 2  # seconds between two looks at their folders
 UNNAMED = {"domain_name", "task_name", "seed"}  # have folders of their own
-REFUSED = 2  # exit code
-# of run_folder.load_state -> what a person reads
-STATES = {
-    "running": "running",
-    "killed": "killed",
-    "stopped": "stopped",
-    "diverged": "diverged",
-    "missing": "waiting",
-    "finished": "finished",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +65,6 @@ class Args:
     """Go on with the sweep in this folder."""
     element: int | None = None
     """With --resume: only the runs of this element of the array."""
-
-
-class Run(NamedTuple):
-    """A run of a sweep: its folder in the sweep's own, and its flags, a list of words."""
-
-    folder: str
-    flags: list
-
-
-# --- from a command line to runs
 
 
 def parse_command(argv):
@@ -305,310 +258,50 @@ def differing(points):
     return [name for name in names if any(point.get(name) != points[0].get(name) for point in points)]
 
 
-# --- how the runs stand
-
-
-class Standing(NamedTuple):
-    """How a run stands, from its folder alone."""
-
-    state: str  # see run_folder.load_state
-    step: int  # decisions so far
-    total: int | None  # decisions in all
-    last_return: float | None  # of the last evaluation
-    seconds: float | None  # to its end, at the speed of the last episodes
-    note: str  # its last words, where it has not ended well
-
-
-def look(run):
-    """`Standing` of the run in folder `run`."""
-    state, word = load_state(run), load_status(run)
-    if state == "missing":
-        return Standing(state, 0, None, None, None, last_line(run))
-    evaluations, episodes = load_rows(run, "eval.log"), load_rows(run, "train.log")
-    args = load_args(run)
-    step = max(word.get("step", 0), evaluations[-1]["step"] if evaluations else 0)
-    seconds = None
-    timed = [row for row in episodes if row["step"] > args["init_steps"]][-20:]
-    if state == "running" and len(timed) > 1:
-        pace = (timed[-1]["wall_seconds"] - timed[0]["wall_seconds"]) / (timed[-1]["step"] - timed[0]["step"])
-        seconds = pace * (args["num_train_steps"] - step)
-    note = ""
-    if state in ("stopped", "diverged"):
-        note = word.get("message", "").split(": stopped: ")[-1]
-    elif state == "killed":
-        note = last_line(run)
-    last = evaluations[-1]["episode_reward"] if evaluations else None
-    return Standing(state, step, args["num_train_steps"], last, seconds, note)
-
-
-def last_line(run):
-    """The last line that a run has printed, "" if there is none."""
-    try:
-        with open(run / OUTPUT, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().decode(errors="replace").strip().splitlines()
-    except FileNotFoundError:
-        return ""
-    return lines[-1] if lines else ""
-
-
-def report(standings):
-    """{name: Standing} for a person: a table, last words, and how many runs are in which state."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("run", "state", "step", "return", "left"):
-        table.add_column(title, justify="left" if title in ("run", "state") else "right", no_wrap=True)
-    for name, s in standings.items():
-        step = f"{s.step:,} of {s.total:,}" if s.total else ""
-        table.add_row(*map(escape, (name, STATES[s.state], step, _return(s), _hours(s.seconds))))
-    notes = [Text(f"{name}: {s.note}") for name, s in standings.items() if s.note]
-    counts = collections.Counter(STATES[s.state] for s in standings.values())
-    return Group(table, *notes, Text(", ".join(f"{count} {state}" for state, count in counts.items())))
-
-
-def _console():
-    """stdout; lines of any length where it is no terminal."""
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 500)
-
-
-def _return(standing):
-    return "" if standing.last_return is None else f"{standing.last_return:.0f}"
-
-
-def _hours(seconds):
-    return "" if seconds is None else f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d} h"
-
-
-# --- on this machine
-
-
-def places(jobs):
-    """Environment variables of each of `jobs` processes: an equal share of the cores, and the GPUs in turn."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        gpus = [gpu for gpu in visible.split(",") if gpu]
-    else:
-        gpus = _installed_gpus()
-    share = {"OMP_NUM_THREADS": str(max(1, available_cores() // jobs)), **os.environ}
-    for job in range(jobs):
-        place = dict(share)
-        if len(gpus) > 1:
-            place["CUDA_VISIBLE_DEVICES"] = gpu = gpus[job % len(gpus)]
-            if gpu.isdigit():
-                place = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "MUJOCO_EGL_DEVICE_ID": gpu, **place}
-        yield place
-
-
-def _installed_gpus():
-    """Indices of the GPUs that the driver knows of."""
-    try:
-        ask = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
-        return []
-
-
-def command(folder, run):
-    """The command of a run, a list of words."""
-    return [sys.executable, str(HERE / "train.py"), *run.flags, "--run_dir", str(folder / run.folder)]
-
-
-class Sweep:
-    """The runs of a sweep on this machine, some of them at once.
-
-    Args:
-        folder: of the sweep.
-        runs: those that are to be done.
-        jobs: how many at once.
-        say: takes a line for the user.
-    """
-
-    def __init__(self, folder, runs, jobs, say):
-        self._folder, self._say = folder, say
-        self._waiting = collections.deque(runs)
-        self._places = list(places(jobs))
-        self._active = {}  # index of a place -> (run, process)
-        self._deaths = collections.Counter()
-        self.failed = []  # runs that were given up
-
-    def step(self):
-        """Take note of processes that have ended and start others in their places; False if there is nothing left."""
-        for place, (run, process) in list(self._active.items()):
-            if process.poll() is not None:
-                del self._active[place]
-                self._ended(run, process.returncode)
-        free = [place for place in range(len(self._places)) if place not in self._active]
-        if free and self._waiting:
-            elsewhere = [run for run in self._waiting if is_written(self._folder / run.folder)]
-            # what a sweep has left behind that was killed takes its place still
-            left = [run for run in elsewhere if load_status(self._folder / run.folder).get("host") == HOST]
-            ready = [run for run in self._waiting if run not in elsewhere]
-            for place, run in zip(free[len(left) :], ready, strict=False):
-                self._waiting.remove(run)
-                self._active[place] = (run, self._start(run, self._places[place]))
-        return bool(self._active or self._waiting)
-
-    def _start(self, run, environment):
-        path = self._folder / run.folder
-        path.mkdir(parents=True, exist_ok=True)
-        with open(path / OUTPUT, "ab") as output:
-            # a session of its own: Ctrl-C and a terminal that hangs up reach the sweep, which passes them on
-            return subprocess.Popen(
-                command(self._folder, run),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-
-    def _ended(self, run, code):
-        path = self._folder / run.folder
-        if code == 0:
-            self._say(f"{run.folder}: finished, return {_return(look(path))}")
-        elif code == DIVERGED:
-            self._say(f"{run.folder}: diverged: {look(path).note}")
-        elif code == REFUSED and is_written(path):
-            self._waiting.append(run)  # another sweep was faster
-        else:
-            self._deaths[run.folder] += 1
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            again = code != REFUSED and self._deaths[run.folder] < ATTEMPTS
-            self._say(f"{run.folder}: {how}: {last_line(path)}; {'started again' if again else 'given up'}")
-            (self._waiting.appendleft if again else self.failed.append)(run)
-
-    def stop(self):
-        """Tell every process to save its run and to end, and wait for that."""
-        if self._active:
-            self._say(f"stopping: {len(self._active)} runs are being saved")
-        for _, process in self._active.values():
-            process.terminate()
-        for _, process in self._active.values():
-            process.wait()
-
-
-def run_here(folder, runs, jobs):
-    """Do what is not over of these runs on this machine; the exit code."""
-    console = _console()
-
-    def say(line):
-        with contextlib.suppress(OSError):  # a console that goes away ends no sweep
-            console.print(line)
-
-    standings = {run.folder: look(folder / run.folder) for run in runs}
-    todo = [run for run in runs if not is_over(folder, run)]
-    sweep = Sweep(folder, todo, jobs, say)
-    code, next_look = 0, 0.0
-    screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-    with screen or contextlib.nullcontext():
-        try:
-            while sweep.step():
-                if time.monotonic() >= next_look:
-                    next_look = time.monotonic() + REFRESH
-                    for run in todo:
-                        before, standings[run.folder] = standings[run.folder], look(folder / run.folder)
-                        if not screen and (line := _news(before, standings[run.folder])):
-                            say(f"{run.folder}: {line}")
-                    if screen:
-                        with contextlib.suppress(OSError):
-                            screen.update(report(_by_state(standings)), refresh=True)
-                time.sleep(POLL)
-                signals.check()  # before a process that the same signal has ended could be started again
-            code = 1 if sweep.failed else 0
-        except signals.Stopped as stop:
-            code = stop.code
-        finally:
-            sweep.stop()
-    with contextlib.suppress(OSError):
-        console.print(report({run.folder: look(folder / run.folder) for run in runs}))
-    return code
-
-
-def _news(before, now):
-    """A line about a run that has begun, or was evaluated since, or None."""
-    if now.state != "running" or now.last_return == before.last_return and before.state == "running":
-        return None
-    parts = [f"step {now.step:,} of {now.total:,}"]
-    parts += [f"return {_return(now)}"] if now.last_return is not None else []
-    parts += [f"{_hours(now.seconds)} left"] if now.seconds is not None else []
-    return ", ".join(parts)
-
-
-def _by_state(standings):
-    """What may not fit on a screen comes last."""
-    order = list(STATES)
-    return dict(sorted(standings.items(), key=lambda item: order.index(item[1].state)))
-
-
-# --- on a cluster
-
-
 def submit(folder, before, jobs, runs, args):
-    """Submit the runs that are neither over nor in the queue as a job array; with --dry_run print its script."""
-    todo = [run for run in runs if not is_over(folder, run)]
-    everything = merge(before, runs)
-    queued = _queued(jobs)
-    position = {run.folder: index for index, run in enumerate(everything)}
-    todo = [run for run in todo if position[run.folder] not in queued]
-    elements = sorted({position[run.folder] // args.runs_per_job for run in todo})
-    values = {
-        "NAME": folder.name,
-        "ARRAY": _ranges(elements) + (f"%{args.jobs}" if args.jobs else ""),
-        "FOLDER": str(folder.absolute()),
-        "OPTIONS": args.slurm,
-        "HERE": os.getcwd(),
-        "PYTHON": sys.executable,
-        "SWEEP": str(HERE / "sweep.py"),
-        "RUNS_PER_JOB": str(args.runs_per_job),
+    """Submit those of `runs` that are neither over nor in the queue; with --dry_run print the batch script."""
+    everything, size = merge(before, runs), args.runs_per_job
+    names = [run.folder for run in runs if not is_over(folder, run)]
+    queued = {
+        element * job["runs_per_job"] + k
+        for job in jobs
+        for element in slurm.waiting_or_running(job["id"])
+        for k in range(job["runs_per_job"])
     }
+    todo = [i for i, run in enumerate(everything) if run.folder in names and i not in queued]
+    elements = sorted({i // size for i in todo})
     try:
         script = pathlib.Path(args.slurm_script).read_text()
     except (OSError, ValueError) as error:
         raise ConfigError(f"--slurm_script {args.slurm_script}: {error}") from None
-    for name, value in values.items():
-        script = script.replace(f"@{name}@", value)
+    script = slurm.fill(
+        script,
+        name=folder.name,
+        array=slurm.ranges(elements) + (f"%{args.jobs}" if args.jobs else ""),
+        folder=folder.absolute(),
+        options=args.slurm,
+        here=os.getcwd(),
+        python=sys.executable,
+        sweep=HERE / "sweep.py",
+        runs_per_job=size,
+    )
     if args.dry_run:
         print(script)
-        return
-    if not todo:
+    elif not todo:
         print(f"{folder}: nothing to submit")
-        return
-    if not shutil.which("sbatch"):
-        raise ConfigError("--slurm: there is no sbatch here; without --slurm the sweep runs on this machine")
-    (folder / "slurm").mkdir(parents=True, exist_ok=True)
-    done = _slurm("sbatch", "--parsable", input=script)
-    if done.returncode:
-        with contextlib.suppress(OSError):
-            (folder / "slurm").rmdir()
-            folder.rmdir()
-        raise ConfigError(f"--slurm {args.slurm}: {done.stderr.strip().splitlines()[-1]}")
-    job = done.stdout.strip().split(";")[0]
-    store(folder, everything, [*jobs, {"id": job, "runs_per_job": args.runs_per_job}])
-    print(f"job {job}: {len(todo)} runs in {len(elements)} elements; how they stand: sweep.py --status {folder}")
-
-
-def _queued(jobs):
-    """Positions of the runs that are in the queue of the cluster, or run there."""
-    positions = set()
-    for job in jobs if shutil.which("squeue") else []:
-        done = _slurm("squeue", "--noheader", "--array", "--jobs", job["id"], "--format=%K")
-        size = job["runs_per_job"]
-        positions |= {int(element) * size + k for element in done.stdout.split() for k in range(size)}
-    return positions
-
-
-def _ranges(numbers):
-    """Ascending numbers as Slurm writes them: 0-3,7."""
-    words = []
-    for _, group in itertools.groupby(enumerate(numbers), key=lambda item: item[1] - item[0]):
-        first, *_, last = [number for _, number in group] * 2
-        words.append(str(first) if first == last else f"{first}-{last}")
-    return ",".join(words)
-
-
-def _slurm(*words, input=None):
-    """A command of Slurm, without what an enclosing job has set."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
-    return subprocess.run(words, input=input, capture_output=True, text=True, env=environment)
+    else:
+        slurm.check()
+        is_new = not folder.exists()
+        store(folder, everything, jobs)  # an element may start at once
+        (folder / "slurm").mkdir(exist_ok=True)  # Slurm makes no folder
+        try:
+            job = slurm.submit(script)
+        except ConfigError:
+            if is_new:
+                shutil.rmtree(folder)
+            raise
+        store(folder, everything, [*jobs, {"id": job, "runs_per_job": size}])
+        print(f"job {job}: {len(todo)} runs in {len(elements)} elements; how they stand: sweep.py --status {folder}")
 
 
 def main():
@@ -620,7 +313,7 @@ def main():
             if not runs:
                 raise ConfigError(f"--status {args.status}: holds no runs")
             standings = {str(run.relative_to(args.status)): look(run) for run in runs}
-            _console().print(report(standings))
+            make_console().print(report(standings))
             return
         folder = pathlib.Path(args.resume or pathlib.Path(args.work_dir) / args.name)
         before, jobs = load_sweep(folder)
@@ -634,15 +327,15 @@ def main():
         if args.slurm is not None:
             submit(folder, before, jobs, runs, args)
             return
+        todo = [run for run in runs if not is_over(folder, run)]
         if args.dry_run:
-            todo = [run for run in runs if not is_over(folder, run)]
             for run in todo:
                 print(shlex.join(command(folder, run)))
             print(f"{len(todo)} runs, {len(runs) - len(todo)} more are over")
             return
         if not args.resume:
             store(folder, merge(before, runs), jobs)
-        sys.exit(run_here(folder, runs, args.jobs or 1))
+        sys.exit(run_here(folder, runs, args.jobs or 1, todo))
     except signals.Stopped as stop:
         leave(f"sweep.py: stopped before it began: {stop}", stop.code)
     except (ConfigError, dmc2gym.EnvError) as error:

@@ -11,9 +11,9 @@ FILES = {path.stem: path for path in ROOT.glob("*.py")}
 # a file imports only from floors below its own
 FLOORS = [
     {"augment", "config", "frames", "machine", "signals"},
-    {"dmc2gym", "journal", "run_folder", "video"},
-    {"dashboard", "env_worker", "scores", "utils"},
-    {"encoder", "logger"},
+    {"dmc2gym", "journal", "run_folder", "slurm", "video"},
+    {"dashboard", "env_worker", "scores", "standing", "utils"},
+    {"encoder", "logger", "processes"},
     {"checkpoint", "replay_buffer"},
     {"sac", "cody", "decoder"},
     {"agent"},

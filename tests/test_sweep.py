@@ -19,6 +19,7 @@ import psutil
 import pytest
 from conftest import SMALL
 
+import processes
 import sweep
 from run_folder import find_runs, load_args, load_rows, load_state, load_status
 
@@ -75,7 +76,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "train.py").write_text(STAND_IN.replace("ROOT", repr(str(ROOT))))
     shutil.copytree(ROOT / "sweeps", tmp_path / "code" / "sweeps")
-    monkeypatch.setattr(sweep, "HERE", tmp_path / "code")
+    monkeypatch.setattr(processes, "HERE", tmp_path / "code")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -84,7 +85,8 @@ def here(tmp_path, monkeypatch):
 
 def started(folder):
     """sweep.py on the stand-in as a process of its own, like a user's."""
-    script = "import pathlib, sys, signals, sweep; signals.listen(); sweep.HERE = pathlib.Path('code'); sweep.main()"
+    script = "import pathlib, processes, signals, sweep; signals.listen()\nprocesses.HERE = pathlib.Path('code')\n"
+    script += "sweep.main()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def start(*words, **kwargs):
@@ -290,7 +292,7 @@ def spans(folder):
 
 
 def test_jobs_share_the_machine(here, call, monkeypatch):
-    monkeypatch.setattr(sweep, "available_cores", lambda: 7)
+    monkeypatch.setattr(processes, "available_cores", lambda: 7)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert call("sweep.py", "--name a --jobs 3 -- --seed 6 --omega_cody_loss 1,2,3,4,5").returncode == 0
     moments = sorted([(begin, 1) for begin, _ in spans(here)] + [(end, -1) for _, end in spans(here)])
@@ -301,9 +303,9 @@ def test_jobs_share_the_machine(here, call, monkeypatch):
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "3")
-    assert [(p["OMP_NUM_THREADS"], p["MUJOCO_EGL_DEVICE_ID"]) for p in sweep.places(2)] == [("1", "3")] * 2
+    assert [(p["OMP_NUM_THREADS"], p["MUJOCO_EGL_DEVICE_ID"]) for p in processes.places(2)] == [("1", "3")] * 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f6d")
-    assert [p["CUDA_VISIBLE_DEVICES"] for p in sweep.places(2)] == ["GPU-8f6d"] * 2
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in processes.places(2)] == ["GPU-8f6d"] * 2
 
 
 def test_gpus_that_the_driver_knows_of(here, monkeypatch):
@@ -312,9 +314,9 @@ def test_gpus_that_the_driver_knows_of(here, monkeypatch):
     driver.write_text("#!/bin/sh\nprintf '0\\n1\\n2\\n'\n")
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{driver.parent}:{os.environ['PATH']}")
-    assert [p["CUDA_VISIBLE_DEVICES"] for p in sweep.places(4)] == ["0", "1", "2", "0"]
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in processes.places(4)] == ["0", "1", "2", "0"]
     driver.write_text("#!/bin/sh\nexit 9\n")  # no driver
-    assert all("CUDA_VISIBLE_DEVICES" not in p for p in sweep.places(2))
+    assert all("CUDA_VISIBLE_DEVICES" not in p for p in processes.places(2))
 
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])

@@ -1,0 +1,95 @@
+"""How runs stand, from their folders alone, and a table of that for a person."""
+
+import collections
+import os
+import sys
+from typing import NamedTuple
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from run_folder import OUTPUT, load_args, load_rows, load_state, load_status
+
+# of run_folder.load_state -> what a person reads
+STATES = {
+    "running": "running",
+    "killed": "killed",
+    "stopped": "stopped",
+    "diverged": "diverged",
+    "missing": "waiting",
+    "finished": "finished",
+}
+
+
+class Standing(NamedTuple):
+    """How a run stands, from its folder alone."""
+
+    state: str  # see run_folder.load_state
+    step: int  # decisions so far
+    total: int | None  # decisions in all
+    last_return: float | None  # of the last evaluation
+    seconds: float | None  # to its end, at the speed of the last episodes
+    note: str  # its last words, where it has not ended well
+
+
+def look(run):
+    """`Standing` of the run in folder `run`."""
+    state, word = load_state(run), load_status(run)
+    if state == "missing":
+        return Standing(state, 0, None, None, None, last_line(run))
+    evaluations, episodes = load_rows(run, "eval.log"), load_rows(run, "train.log")
+    args = load_args(run)
+    step = max(word.get("step", 0), evaluations[-1]["step"] if evaluations else 0)
+    seconds = None
+    timed = [row for row in episodes if row["step"] > args["init_steps"]][-20:]
+    if state == "running" and len(timed) > 1:
+        pace = (timed[-1]["wall_seconds"] - timed[0]["wall_seconds"]) / (timed[-1]["step"] - timed[0]["step"])
+        seconds = pace * (args["num_train_steps"] - step)
+    note = ""
+    if state in ("stopped", "diverged"):
+        note = word.get("message", "").split(": stopped: ")[-1]
+    elif state == "killed":
+        note = last_line(run)
+    last = evaluations[-1]["episode_reward"] if evaluations else None
+    return Standing(state, step, args["num_train_steps"], last, seconds, note)
+
+
+def last_line(run):
+    """The last line that a run has printed, "" if there is none."""
+    try:
+        with open(run / OUTPUT, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except FileNotFoundError:
+        return ""
+    return lines[-1] if lines else ""
+
+
+def report(standings):
+    """{name: Standing} for a person: a table, last words, and how many runs are in which state."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("run", "state", "step", "return", "left"):
+        table.add_column(title, justify="left" if title in ("run", "state") else "right", no_wrap=True)
+    for name, s in standings.items():
+        step = f"{s.step:,} of {s.total:,}" if s.total else ""
+        table.add_row(*map(escape, (name, STATES[s.state], step, in_words(s), hours(s.seconds))))
+    notes = [Text(f"{name}: {s.note}") for name, s in standings.items() if s.note]
+    counts = collections.Counter(STATES[s.state] for s in standings.values())
+    return Group(table, *notes, Text(", ".join(f"{count} {state}" for state, count in counts.items())))
+
+
+def make_console():
+    """stdout; lines of any length where it is no terminal."""
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 500)
+
+
+def in_words(standing):
+    """The last return, "" if there is none."""
+    return "" if standing.last_return is None else f"{standing.last_return:.0f}"
+
+
+def hours(seconds):
+    """Seconds as 1:05 h, "" for None."""
+    return "" if seconds is None else f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d} h"
