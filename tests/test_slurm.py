@@ -14,7 +14,7 @@ from run_folder import find_runs, load_rows, load_state, load_status
 ROOT = pathlib.Path(__file__).parent.parent
 TIMES = ("duration", "decisions_per_s", "updates_per_s", "wall_seconds")
 FLAGS = SMALL.replace("--action_repeat 4", "--action_repeat 50")
-FLAGS = f"{FLAGS} --batch_size 4 --num_train_steps 400 --init_steps 20 --eval_freq 100 --num_eval_episodes 1"
+FLAGS = f"{FLAGS} --batch_size 4 --num_train_steps 800 --init_steps 20 --eval_freq 200 --num_eval_episodes 1"
 FLAGS = f"{FLAGS} --no_env_worker --omega_cody_loss 0.1,0.01 --seed 0,1"
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=f"no Slurm here: {missing()}")]
