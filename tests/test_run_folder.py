@@ -18,7 +18,7 @@ import train
 from config import UNCHANGING, Config, ConfigError
 from logger import Logger
 from replay_buffer import ReplayBuffer
-from run_folder import RunFolder, load_status, parse_run
+from run_folder import RunFolder, find_runs, is_written, load_state, load_status, parse_run
 
 SHORT = STATES.replace("--num_train_steps 26", "--num_train_steps 16").replace(" --keep_checkpoint", "")
 
@@ -159,6 +159,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
+    monkeypatch.setattr(fcntl, "fcntl", no_locks)
     config, _ = parse_run(f"{SHORT} --run_dir {tmp_path}/run".split())
     folder = RunFolder(config, continues=False)
     folder.begin(0, {})
@@ -171,6 +172,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         ({"pid": other.pid, "host": "elsewhere"}, True),
     ):
         (tmp_path / "run" / "run.json").write_text(json.dumps({**here, **word}))
+        assert is_written(tmp_path / "run") == busy
         if busy:
             with pytest.raises(ConfigError, match="another process .* is writing this run"):
                 RunFolder(config, continues=True)
@@ -181,6 +183,40 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     RunFolder(config, continues=True)
     other.kill()
     assert here["host"] == socket.gethostname() and here["pid"] == os.getpid() and here["state"] == "running"
+
+
+def test_how_a_run_stands(begun, tmp_path):
+    """From its folder alone; whether a process writes there is asked of the lock, and does not take it."""
+    folder = tmp_path / "run"
+    assert load_state(folder) == "missing"
+    shutil.copytree(begun / "kept", folder)
+    assert load_state(folder) == "finished"
+    word = load_status(folder)
+    for state, seen in (("stopped", "stopped"), ("diverged", "diverged"), ("running", "killed")):
+        (folder / "run.json").write_text(json.dumps({**word, "state": state}))
+        assert load_state(folder) == seen
+    process = holder(folder)
+    assert is_written(folder) and load_state(folder) == "running"
+    process.kill()
+    process.wait()
+    assert not is_written(folder) and load_state(folder) == "killed"
+    (folder / "run.json").unlink()  # a run that has kept its logs alone
+    assert load_state(folder) == "finished"
+    (folder / "eval.log").write_text((folder / "eval.log").read_text().splitlines(keepends=True)[0])
+    assert load_state(folder) == "stopped"
+
+
+def test_the_runs_of_a_folder(tmp_path):
+    """Those of sweep.json in its order, begun or not, then what else is there."""
+    for name in ("a/x/s1", "a/x/s2", "b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "args.json").write_text("{}")
+    (tmp_path / "a" / "sweep.json").write_text(
+        json.dumps({"runs": [{"folder": f"x/s{n}", "flags": []} for n in (3, 2)]})
+    )
+    assert [str(run.relative_to(tmp_path)) for run in find_runs(tmp_path)] == ["a/x/s3", "a/x/s2", "a/x/s1", "b"]
+    (tmp_path / "a" / "sweep.json").write_text("{")
+    assert len(find_runs(tmp_path)) == 3
 
 
 def test_a_diverged_run_says_it_again(tmp_path, call):

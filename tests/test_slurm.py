@@ -29,8 +29,9 @@ def sweep(folder, *words, env=os.environ):
 
 
 def result(folder):
-    """Every row of every run, without times."""
-    return {
+    """The CSV that plot.py makes of the runs, and every row of their logs, without times."""
+    subprocess.run([sys.executable, ROOT / "plot.py", folder], check=True)
+    return (folder / "curves.csv").read_bytes(), {
         (run.relative_to(folder), log): [
             {key: value for key, value in row.items() if key not in TIMES} for row in load_rows(run, log)
         ]
