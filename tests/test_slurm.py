@@ -113,12 +113,12 @@ def test_interrupted_in_every_way(tmp_path, one, here):
 
 
 def test_the_time_limit_and_a_more_urgent_job(tmp_path, one, here):
-    """Runs of a minute's limit come back until they are done, two in an element, and so do those that are preempted."""
-    submit(tmp_path, one, "--time=1", "--runs_per_job", "2")
+    """Runs that meet the limit come back until they are done, two in an element, and so do those that are preempted."""
+    submit(tmp_path, one, "--time=3", "--runs_per_job", "2")  # 90 seconds after the start, or up to 30 earlier
     folder = tmp_path / "runs" / "a"
     runs = find_runs(folder)
     at_work(one, runs[2], 30)
     one.run("sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1")
-    settle(one, runs, ["finished"] * 4, 600)
+    settle(one, runs, ["finished"] * 4, 900)
     assert result(folder) == here
     assert all("DUE TO" in log.read_text() for log in (folder / "slurm").iterdir())  # requeued or preempted
