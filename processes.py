@@ -1,7 +1,6 @@
 """Runs as processes of this machine, some of them at once."""
 
 import collections
-import contextlib
 import os
 import pathlib
 import signal
@@ -16,7 +15,7 @@ from rich.live import Live
 import signals
 from machine import available_cores
 from run_folder import DIVERGED, OUTPUT, is_written, load_status
-from standing import STATES, hours, in_words, last_line, look, make_console, report
+from standing import STATES, hours, in_words, last_line, look, lost_console, make_console, report
 
 HOST = socket.gethostname()
 HERE = pathlib.Path(__file__).resolve().parent
@@ -143,33 +142,37 @@ def run_here(folder, runs, jobs, todo):
     console = make_console()
 
     def say(line):
-        with contextlib.suppress(OSError):  # a console that goes away ends no sweep
+        with lost_console():
             console.print(line)
 
     standings = {run.folder: look(folder / run.folder) for run in runs}
     processes = Processes(folder, todo, jobs, say)
     code, next_look = 0, 0.0
     screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-    with screen or contextlib.nullcontext():
-        try:
-            while processes.step():
-                if time.monotonic() >= next_look:
-                    next_look = time.monotonic() + REFRESH
-                    for run in todo:
-                        before, standings[run.folder] = standings[run.folder], look(folder / run.folder)
-                        if not screen and (line := _news(before, standings[run.folder])):
-                            say(f"{run.folder}: {line}")
-                    if screen:
-                        with contextlib.suppress(OSError):
-                            screen.update(report(_by_state(standings)), refresh=True)
-                time.sleep(POLL)
-                signals.check()  # before a process that the same signal has ended could be started again
-            code = 1 if processes.failed else 0
-        except signals.Stopped as stop:
-            code = stop.code
-        finally:
-            processes.stop()
-    with contextlib.suppress(OSError):
+    if screen:
+        screen.start()
+    try:
+        while processes.step():
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + REFRESH
+                for run in todo:
+                    before, standings[run.folder] = standings[run.folder], look(folder / run.folder)
+                    if not screen and (line := _news(before, standings[run.folder])):
+                        say(f"{run.folder}: {line}")
+                if screen:
+                    with lost_console():
+                        screen.update(report(_by_state(standings)), refresh=True)
+            time.sleep(POLL)
+            signals.check()  # before a process that the same signal has ended could be started again
+        code = 1 if processes.failed else 0
+    except signals.Stopped as stop:
+        code = stop.code
+    finally:
+        processes.stop()
+        if screen:
+            with lost_console():
+                screen.stop()
+    with lost_console():
         console.print(report({run.folder: look(folder / run.folder) for run in runs}))
     return code
 

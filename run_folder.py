@@ -141,12 +141,33 @@ def load_rows(run, name):
     return rows
 
 
+def load_sweep(folder):
+    """sweep.json of a folder: `runs`, a list of {folder, flags}, and `jobs`; both empty without such a file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = pathlib.Path(folder) / "sweep.json"
+    try:
+        content = json.loads(path.read_text())
+        runs = [{"folder": str(run["folder"]), "flags": list(run["flags"])} for run in content["runs"]]
+        return {"runs": runs, "jobs": [{**job, "elements": list(job["elements"])} for job in content.get("jobs", [])]}
+    except FileNotFoundError:
+        return {"runs": [], "jobs": []}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or f"no such file of a sweep: {error}"
+        raise ConfigError(f"{path}: cannot be read ({reason[:80]})") from None
+
+
 def find_runs(folder):
-    """Folders of the runs in `folder` and below it: those that a sweep.json names, begun or not, then the others."""
+    """Folders of the runs in `folder` and below it: those that a sweep.json names, begun or not, then the others.
+
+    Raises:
+        ConfigError: a sweep.json cannot be read.
+    """
     found = {}
     for sweep in sorted(pathlib.Path(folder).rglob("sweep.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found |= {sweep.parent / run["folder"]: None for run in json.loads(sweep.read_text())["runs"]}
+        found |= {sweep.parent / run["folder"]: None for run in load_sweep(sweep.parent)["runs"]}
     found |= {args.parent: None for args in sorted(pathlib.Path(folder).rglob("args.json"))}
     return list(found)
 

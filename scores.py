@@ -4,7 +4,6 @@ A row is an evaluation. A run that has none yet is a row without step and return
 is expected. docs/plotting.md says how intervals and differences are computed.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import gzip
@@ -17,7 +16,7 @@ import pandas as pd
 from scipy.stats import trim_mean, ttest_ind_from_stats
 
 from config import UNCHANGING, Config, ConfigError, complete, parse_flags
-from run_folder import find_runs, load_args, load_rows, load_state
+from run_folder import find_runs, load_args, load_rows, load_state, load_sweep
 
 PUBLISHED = pathlib.Path(__file__).resolve().parent / "results" / "published_scores.csv"
 EVALUATION = ["variant", "task", "agent", "seed", "step", "env_step", "episode_reward", "state"]  # columns of every CSV
@@ -54,10 +53,11 @@ def _read_folder(folder):
     runs = find_runs(folder)
     if not runs:
         raise ConfigError(f"{folder}: holds no run (no args.json at any depth)")
-    planned = {}  # flags of the runs that a sweep has not begun
-    for sweep in folder.rglob("sweep.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # as find_runs
-            planned |= {sweep.parent / run["folder"]: run["flags"] for run in json.loads(sweep.read_text())["runs"]}
+    planned = {  # flags of the runs that a sweep has not begun
+        sweep.parent / run["folder"]: run["flags"]
+        for sweep in folder.rglob("sweep.json")
+        for run in load_sweep(sweep.parent)["runs"]
+    }
     rows = []
     for run in runs:
         state = load_state(run)
@@ -225,6 +225,11 @@ def remarks(frame, names):
             if len(values) > 1:
                 shown = ", ".join(str(value)[:12] for value in sorted(values, key=str))
                 yield f"{where}: its runs differ in {name.removeprefix('made_with ')}: {shown}"
+    flags = [name for name in ("task", "agent", *METHOD) if name in frame and name not in BUDGET]
+    ours = frame[frame["state"] != "published"]
+    for _, part in ours.groupby(flags, sort=False, dropna=False):
+        if len(twins := part["curve"].unique()) > 1:
+            yield f"{' and '.join(twins)} have the same flags on {part['task'].iloc[0]}; --hue with flags joins them"
 
 
 def interval(scores, statistic):

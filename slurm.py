@@ -1,17 +1,30 @@
 """The commands of a Slurm cluster that a sweep needs: sbatch and squeue."""
 
-import itertools
 import os
+import pathlib
 import shutil
 import subprocess
 
 from config import ConfigError
 
 
-def fill(script, **values):
-    """A batch script with its @NAME@s replaced."""
+def fill(path, **values):
+    """The batch script at `path` with its @NAME@s replaced.
+
+    Raises:
+        ConfigError: it cannot be read, one of them is not in it, or a value cannot stand in a batch script.
+    """
+    try:
+        script = pathlib.Path(path).read_text()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--slurm_script {path}: {getattr(error, 'strerror', 'not a text')}") from None
     for name, value in values.items():
-        script = script.replace(f"@{name.upper()}@", str(value))
+        place = f"@{name.upper()}@"
+        if place not in script:
+            raise ConfigError(f"--slurm_script {path}: {place} is missing in it")
+        if bad := set(str(value)) & set('"$`\\\n' + "%" * (name == "folder")):
+            raise ConfigError(f"--slurm: {value} has {''.join(bad)!r} in it, which cannot stand in a batch script")
+        script = script.replace(place, str(value))
     return script
 
 
@@ -29,24 +42,20 @@ def submit(script):
     """
     done = _run("sbatch", "--parsable", input=script)
     if done.returncode:
-        raise ConfigError(f"--slurm: {(done.stderr.strip() or 'sbatch fails').splitlines()[-1]}")
+        raise ConfigError(f"--slurm: {' '.join(done.stderr.split()) or 'sbatch fails without a word'}")
     return done.stdout.strip().split(";")[0]
 
 
 def waiting_or_running(job):
-    """Elements of an array that are in the queue or run, a list of int."""
-    if not shutil.which("squeue"):
-        return []
-    return [int(word) for word in _run("squeue", "--noheader", "--array", "--jobs", job, "--format=%K").stdout.split()]
+    """Elements of an array that are in the queue or run, a list of int.
 
-
-def ranges(numbers):
-    """Ascending numbers as Slurm writes them: 0-3,7."""
-    words = []
-    for _, group in itertools.groupby(enumerate(numbers), key=lambda item: item[1] - item[0]):
-        first, *_, last = [number for _, number in group] * 2
-        words.append(str(first) if first == last else f"{first}-{last}")
-    return ",".join(words)
+    Raises:
+        ConfigError: the cluster does not answer.
+    """
+    done = _run("squeue", "--noheader", "--array", "--jobs", job, "--format=%K")
+    if done.returncode and "Invalid job id" not in done.stderr:  # which it says of one that is long over
+        raise ConfigError(f"--slurm: {' '.join(done.stderr.split()) or 'squeue fails without a word'}")
+    return [int(word) for word in done.stdout.split()]
 
 
 def _run(*words, input=None):

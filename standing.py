@@ -1,6 +1,7 @@
 """How runs stand, from their folders alone, and a table of that for a person."""
 
 import collections
+import contextlib
 import os
 import sys
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from run_folder import OUTPUT, load_args, load_rows, load_state, load_status
 # of run_folder.load_state -> what a person reads
 STATES = {
     "running": "running",
-    "killed": "killed",
+    "killed": "died",
     "stopped": "stopped",
     "diverged": "diverged",
     "missing": "waiting",
@@ -69,20 +70,44 @@ def last_line(run):
 
 def report(standings):
     """{name: Standing} for a person: a table, last words, and how many runs are in which state."""
+    rows = [
+        (name, STATES[s.state], f"{s.step:,} of {s.total:,}" if s.total else "", in_words(s), hours(s.seconds))
+        for name, s in standings.items()
+    ]
+    titles = ("run", "state", "step", "return", "left")
     table = Table(box=None, pad_edge=False)
-    for title in ("run", "state", "step", "return", "left"):
-        table.add_column(title, justify="left" if title in ("run", "state") else "right", no_wrap=True)
-    for name, s in standings.items():
-        step = f"{s.step:,} of {s.total:,}" if s.total else ""
-        table.add_row(*map(escape, (name, STATES[s.state], step, in_words(s), hours(s.seconds))))
+    for i, title in enumerate(titles):
+        if i == 0:
+            table.add_column(title, overflow="fold")  # in a narrow terminal the names are wrapped, the rest is whole
+        else:
+            width = max(len(row[i]) for row in [titles, *rows])
+            table.add_column(title, justify="left" if i == 1 else "right", no_wrap=True, min_width=width)
+    for row in rows:
+        table.add_row(*map(escape, row))
     notes = [Text(f"{name}: {s.note}") for name, s in standings.items() if s.note]
     counts = collections.Counter(STATES[s.state] for s in standings.values())
     return Group(table, *notes, Text(", ".join(f"{count} {state}" for state, count in counts.items())))
 
 
+class Lines(Console):
+    """rich's console, which would end the program when nobody reads it any more, as behind `| head`."""
+
+    def on_broken_pipe(self):
+        raise BrokenPipeError
+
+
 def make_console():
     """stdout; lines of any length where it is no terminal."""
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 500)
+    return Lines(highlight=False, markup=False, width=None if sys.stdout.isatty() else 500)
+
+
+@contextlib.contextmanager
+def lost_console():
+    """A console that goes away, as a closed terminal, ends no sweep: what would be printed is lost from then on."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def in_words(standing):

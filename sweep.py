@@ -10,9 +10,10 @@ What stands behind the -- are flags of train.py; commas make the grid. A run lie
 <work_dir>/<name>/<what differs>/<task>/s<seed>/, and <work_dir>/<name>/sweep.json names them all.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -29,10 +30,19 @@ import signals
 import slurm
 from config import UNCHANGING, Config, ConfigError, exit_with, leave, parse, parse_flags, show
 from processes import HERE, Run, command, run_here
-from run_folder import Over, check_writable, find_runs, parse_run, write_json
+from run_folder import Over, check_writable, find_runs, load_sweep, parse_run, write_json
 from standing import look, make_console, report
 
 UNNAMED = {"domain_name", "task_name", "seed"}  # have folders of their own
+SLURM = ("slurm", "slurm_script", "runs_per_job")
+HOW = {  # what is asked for, and which flags go with it
+    "name": ("work_dir", "variant", "variants", "only", "jobs", "dry_run", *SLURM),
+    "resume": ("array", "element", "jobs", "dry_run", *SLURM),
+    "status": (),
+}
+MACHINE = ("device", "replay_device", "compile", "wandb")  # flags that this machine may have nothing for
+NEEDS = ("camera_id", "pre_transform_image_size", "save_video", *MACHINE)  # what is asked of task and machine
+SCRIPT = str(HERE / "sweeps" / "slurm.sh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Args:
     """Runs at once. None: one on this machine, no limit on a cluster."""
     slurm: str | None = None
     """Submit a job array with these options of sbatch, such as '--time=8:00:00 --gres=gpu:1'."""
-    slurm_script: str = str(HERE / "sweeps" / "slurm.sh")
+    slurm_script: str = SCRIPT
     """Its batch script, with places that are filled in."""
     runs_per_job: int = 1
     """Runs in one element of the array, one after the other."""
@@ -63,8 +73,10 @@ class Args:
     """Print how the runs in this folder stand."""
     resume: str | None = None
     """Go on with the sweep in this folder."""
+    array: int | None = None
+    """With --resume: only runs of this job array, the first that the sweep has submitted is 0,"""
     element: int | None = None
-    """With --resume: only the runs of this element of the array."""
+    """and of them only those of this element."""
 
 
 def parse_command(argv):
@@ -74,16 +86,22 @@ def parse_command(argv):
         at = own.index("--slurm")
         own[at : at + 2] = [f"--slurm={own[at + 1]}"]
     args = parse_flags(Args, own)
-    if [args.name, args.status, args.resume].count(None) != 2:
-        raise ConfigError("needs one of --name, --status and --resume")
-    if args.name is None and (flags or args.variant or args.variants or args.only):
-        raise ConfigError("--status and --resume take the runs of sweep.json, no others")
+    if [getattr(args, how) for how in HOW].count(None) != 2:
+        raise ConfigError("needs one of --name, --resume and --status")
+    (how,) = [how for how in HOW if getattr(args, how) is not None]
+    for field in dataclasses.fields(args):
+        if field.name not in (how, *HOW[how]) and getattr(args, field.name) != field.default:
+            raise ConfigError(f"--{field.name}: has no effect with --{how}")
+    if flags and args.name is None:
+        raise ConfigError(f"{show(flags[0])}: --status and --resume take the runs of sweep.json, no others")
+    if args.slurm is None and (args.runs_per_job != 1 or args.slurm_script != SCRIPT):
+        raise ConfigError("--runs_per_job, --slurm_script: have no effect without --slurm")
     for flag in ("jobs", "runs_per_job"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ConfigError(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    if args.element is not None and (args.resume is None or args.element < 0):
-        raise ConfigError(f"--element {args.element}: goes with --resume and is not negative")
-    if args.name is not None and (args.name == ".." or pathlib.Path(args.name).name != args.name):
+    if (args.array is None) != (args.element is None):
+        raise ConfigError("--array, --element: only together")
+    if args.name is not None and (args.name in ("", "..") or pathlib.Path(args.name).name != args.name):
         raise ConfigError(f"--name {args.name}: must be a single folder's name")
     return args, flags
 
@@ -130,7 +148,10 @@ def parse_variants(args):
             raise ConfigError(f"--variant {show(line.strip())}: must be 'name: flags', a name of letters, digits, _.+-")
         if name in variants:
             raise ConfigError(f"--variant {name}: two of that name")
-        variants[name] = parse_grid(shlex.split(flags, comments=True))
+        try:
+            variants[name] = parse_grid(shlex.split(flags, comments=True))
+        except ValueError as error:
+            raise ConfigError(f"--variant {name}: {error}") from None
         if any(len(values) > 1 for values in variants[name].values()):
             raise ConfigError(f"--variant {name}: has a grid in it; grids stand behind the --")
     if args.only is not None:
@@ -164,7 +185,7 @@ def as_flags(point):
         point = {"domain_name": domain, "task_name": task, **point}
     if "save_tb" not in point and "no_save_tb" not in point:
         point["save_tb"] = None
-    if "save_tb" in point and "tb_media" not in point:
+    if "save_tb" in point and point["save_tb"] != "false" and "tb_media" not in point:
         point["no_tb_media"] = None  # which take most of the time that a page with many runs needs
     words = []
     for name, value in point.items():
@@ -179,9 +200,9 @@ def plan(args, flags, folder):
     """The runs of a command, those of an earlier command in `folder` in the places that they have; creates nothing.
 
     Raises:
-        ConfigError, dmc2gym.EnvError: one of them cannot work, or contradicts what was begun in its place.
+        ConfigError, dmc2gym.EnvError: one of them cannot work.
     """
-    runs, tasks = {}, set()
+    runs, checked = {}, set()
     for variant, values, point in combinations(parse_variants(args), parse_grid(flags)):
         if point.get("seed") == "-1":
             raise ConfigError("--seed -1: the seeds of a sweep are names of folders; give them")
@@ -195,15 +216,19 @@ def plan(args, flags, folder):
         run = Run(f"{differs}/{task}/s{config.seed}", words)
         if (twin := runs.setdefault(_result(config), run)) is not run:
             raise ConfigError(f"{twin.folder} and {run.folder}: the same run twice")
-        if (scene := (task, config.camera_id, config.pre_transform_image_size)) not in tasks:
-            dmc2gym.check_task(config)
-            tasks.add(scene)
-    for run in load_sweep(folder)[0]:
-        if twin := runs.get(_result(parse(run.flags))):  # perhaps named when less has differed
-            runs[_result(parse(run.flags))] = Run(run.folder, twin.flags)
-    for run in runs.values():
         check_writable("name", str(folder / run.folder))
-        is_over(folder, run)
+        needs = {name: getattr(config, name) for name in NEEDS}
+        if (scene := (task, config.encoder_type, *needs.values())) not in checked:
+            checked.add(scene)
+            dmc2gym.check_task(config)
+            if args.slurm is None and any(needs[name] not in (None, False, "auto", "cpu") for name in MACHINE):
+                from evaluate import check_machine, choose_device  # seconds, for torch
+
+                check_machine(config, choose_device(config.device))
+    for run in load_runs(folder):
+        result = _result(parse(run.flags))
+        if twin := runs.get(result):  # perhaps named when less has differed
+            runs[result] = Run(run.folder, twin.flags)
     return list(runs.values())
 
 
@@ -225,31 +250,43 @@ def is_over(folder, run):
     return False
 
 
-def load_sweep(folder):
-    """sweep.json of a folder: a list of `Run` and a list of the jobs that were submitted; empty without such a file.
+def load_runs(folder):
+    """The runs that sweep.json in a folder names."""
+    return [Run(**run) for run in load_sweep(folder)["runs"]]
+
+
+def merge(folder, runs):
+    """The runs of a command and all that sweep.json names besides: none is removed.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: a run was planned with flags that give another result.
     """
-    try:
-        content = json.loads((folder / "sweep.json").read_text())
-        return [Run(run["folder"], run["flags"]) for run in content["runs"]], content["jobs"]
-    except FileNotFoundError:
-        return [], []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / 'sweep.json'}: cannot be read ({error})") from None
-
-
-def merge(before, runs):
-    """Runs of sweep.json with those of a command: theirs in their places, the others behind; none is removed."""
-    return [Run(*item) for item in ({run.folder: run.flags for run in before} | dict(runs)).items()]
+    before = {run.folder: run.flags for run in load_runs(folder)}
+    for run in runs:
+        if run.folder in before and before[run.folder] != run.flags:
+            ours, theirs = parse(run.flags), parse(before[run.folder])
+            for name, value in dataclasses.asdict(ours).items():
+                if name not in UNCHANGING and (old := getattr(theirs, name)) != value:
+                    if name != "num_train_steps" or value < old:
+                        right = f"{folder / run.folder} was planned with {show(old)}; give the sweep another --name"
+                        raise ConfigError(f"--{name} {show(value)}: {right}")
+    return [Run(*item) for item in (before | dict(runs)).items()]
 
 
 def store(folder, runs, jobs):
     """Write sweep.json, and beside it for TensorBoard which flags differ."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "sweep.json", {"runs": [run._asdict() for run in runs], "jobs": jobs})
     dashboard.write_hparams_config(folder, differing([parse_grid(run.flags) for run in runs]))
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """One process at a time changes sweep.json; the folder is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "sweep.lock", "a") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
 
 
 def differing(points):
@@ -258,90 +295,110 @@ def differing(points):
     return [name for name in names if any(point.get(name) != points[0].get(name) for point in points)]
 
 
-def submit(folder, before, jobs, runs, args):
+def submit(folder, runs, args):
     """Submit those of `runs` that are neither over nor in the queue; with --dry_run print the batch script."""
-    everything, size = merge(before, runs), args.runs_per_job
-    names = [run.folder for run in runs if not is_over(folder, run)]
-    queued = {
-        element * job["runs_per_job"] + k
-        for job in jobs
-        for element in slurm.waiting_or_running(job["id"])
-        for k in range(job["runs_per_job"])
-    }
-    todo = [i for i, run in enumerate(everything) if run.folder in names and i not in queued]
-    elements = sorted({i // size for i in todo})
-    try:
-        script = pathlib.Path(args.slurm_script).read_text()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--slurm_script {args.slurm_script}: {error}") from None
+    if args.dry_run:
+        script, elements = batch(folder, runs, load_sweep(folder)["jobs"], args)
+        print(script if elements else f"{folder}: nothing to submit")
+        return
+    slurm.check()
+    batch(folder, runs, [], args)  # what is wrong with the script is found before anything is made
+    with locked(folder):
+        before = load_sweep(folder)
+        everything, jobs = merge(folder, runs), before["jobs"]
+        script, elements = batch(folder, runs, jobs, args)
+        if elements:
+            store(folder, everything, [*jobs, {"id": None, "elements": elements}])  # an element may start at once
+            (folder / "slurm").mkdir(exist_ok=True)  # Slurm makes no folder
+            try:
+                jobs = [*jobs, {"id": slurm.submit(script), "elements": elements}]
+            except ConfigError:
+                if before["runs"]:
+                    store(folder, load_runs(folder), jobs)
+                else:
+                    shutil.rmtree(folder)
+                raise
+        store(folder, everything, jobs)
+    if elements:
+        count = sum(map(len, elements))
+        print(
+            f"job {jobs[-1]['id']}: {count} runs in {len(elements)} elements; sweep.py --status {folder} follows them"
+        )
+    else:
+        print(f"{folder}: nothing to submit")
+
+
+def batch(folder, runs, jobs, args):
+    """The batch script for what is to be done of `runs`, and its elements, each a list of folders."""
+    submitted = [job for job in jobs if job["id"]]  # None: a sweep that was killed in that moment
+    queued = {name for job in submitted for i in slurm.waiting_or_running(job["id"]) for name in job["elements"][i]}
+    todo = [run.folder for run in runs if run.folder not in queued and not is_over(folder, run)]
+    elements = [todo[i : i + args.runs_per_job] for i in range(0, len(todo), args.runs_per_job)]
     script = slurm.fill(
-        script,
+        args.slurm_script,
         name=folder.name,
-        array=slurm.ranges(elements) + (f"%{args.jobs}" if args.jobs else ""),
+        array=f"0-{len(elements) - 1}" + (f"%{args.jobs}" if args.jobs else ""),
         folder=folder.absolute(),
         options=args.slurm,
         here=os.getcwd(),
         python=sys.executable,
         sweep=HERE / "sweep.py",
-        runs_per_job=size,
+        number=len(jobs),
     )
-    if args.dry_run:
-        print(script)
-    elif not todo:
-        print(f"{folder}: nothing to submit")
-    else:
-        slurm.check()
-        is_new = not folder.exists()
-        store(folder, everything, jobs)  # an element may start at once
-        (folder / "slurm").mkdir(exist_ok=True)  # Slurm makes no folder
-        try:
-            job = slurm.submit(script)
-        except ConfigError:
-            if is_new:
-                shutil.rmtree(folder)
-            raise
-        store(folder, everything, [*jobs, {"id": job, "runs_per_job": size}])
-        print(f"job {job}: {len(todo)} runs in {len(elements)} elements; how they stand: sweep.py --status {folder}")
+    return script, elements
 
 
 def main():
     """The command; exit code 0 done, 1 some runs have failed, 2 refused, 75 and 130 stopped by a signal."""
     try:
         args, flags = parse_command(sys.argv[1:])
-        if args.status:
-            runs = find_runs(args.status)
-            if not runs:
-                raise ConfigError(f"--status {args.status}: holds no runs")
-            standings = {str(run.relative_to(args.status)): look(run) for run in runs}
-            make_console().print(report(standings))
+        if args.status is not None:
+            print_status(pathlib.Path(args.status))
             return
         folder = pathlib.Path(args.resume or pathlib.Path(args.work_dir) / args.name)
-        before, jobs = load_sweep(folder)
-        if args.resume:
-            if not before:
-                raise ConfigError(f"--resume {folder}: not the folder of a sweep")
-            size = args.runs_per_job
-            runs = before if args.element is None else before[args.element * size : (args.element + 1) * size]
-        else:
-            runs = plan(args, flags, folder)
+        runs = plan(args, flags, folder) if args.resume is None else resumed(folder, args)
+        merge(folder, runs)  # contradictions are found before anything is made
         if args.slurm is not None:
-            submit(folder, before, jobs, runs, args)
+            submit(folder, runs, args)
             return
         todo = [run for run in runs if not is_over(folder, run)]
         if args.dry_run:
             for run in todo:
                 print(shlex.join(command(folder, run)))
             print(f"{len(todo)} runs, {len(runs) - len(todo)} more are over")
-            return
-        if not args.resume:
-            store(folder, merge(before, runs), jobs)
-        sys.exit(run_here(folder, runs, args.jobs or 1, todo))
+        else:
+            if args.resume is None:
+                with locked(folder):
+                    store(folder, merge(folder, runs), load_sweep(folder)["jobs"])
+            sys.exit(run_here(folder, runs, args.jobs or 1, todo))
     except signals.Stopped as stop:
         leave(f"sweep.py: stopped before it began: {stop}", stop.code)
     except (ConfigError, dmc2gym.EnvError) as error:
         exit_with(error)
     except OSError as error:
         leave(f"sweep.py: {error}", 1)
+
+
+def print_status(folder):
+    """How all runs in a folder stand."""
+    runs = find_runs(folder)
+    if not runs:
+        raise ConfigError(f"--status {folder}: holds no runs")
+    make_console().print(report({str(run.relative_to(folder)): look(run) for run in runs}))
+
+
+def resumed(folder, args):
+    """The runs of a sweep, or of one element of a job array of it."""
+    runs, jobs = load_runs(folder), load_sweep(folder)["jobs"]
+    if not runs:
+        raise ConfigError(f"--resume {folder}: not the folder of a sweep")
+    if args.element is None:
+        return runs
+    try:
+        names = jobs[args.array]["elements"][args.element]
+    except IndexError:
+        raise ConfigError(f"--array {args.array} --element {args.element}: {folder} has submitted none such") from None
+    return [run for run in runs if run.folder in names]
 
 
 if __name__ == "__main__":

@@ -504,3 +504,13 @@ def test_config_of_a_missing_run_is_that_of_its_flags(tmp_path):
     row = scores.read_scores([tmp_path]).query("state == 'missing'").iloc[0]
     assert (row["variant"], row["task"], row["seed"], row["omega_cody_loss"]) == ("b", "walker-walk", 4, 0.1)
     assert row["eval_freq"] == complete(Config(domain_name="walker", task_name="walk")).eval_freq
+
+
+def test_variants_with_the_same_flags_are_named(tmp_path, call):
+    """As in a sweep that has grown: its first runs lie in a folder that says less."""
+    for variant, seed in (("cody_sac", 0), ("omega_cody_loss=0.001", 1), ("omega_cody_loss=0.01", 1)):
+        flags = "--omega_cody_loss 0.01" if variant.endswith("0.01") else ""
+        make_run(tmp_path / variant / "cartpole-swingup" / f"s{seed}", f"--seed {seed} {flags}", noisy(seed))
+    said = call("plot.py", f"{tmp_path}").stdout
+    assert "cody_sac and omega_cody_loss=0.001 have the same flags on cartpole-swingup" in said
+    assert "same flags" not in call("plot.py", f"{tmp_path} --hue omega_cody_loss").stdout

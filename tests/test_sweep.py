@@ -20,6 +20,7 @@ import pytest
 from conftest import SMALL
 
 import processes
+import standing
 import sweep
 from run_folder import find_runs, load_args, load_rows, load_state, load_status
 
@@ -184,16 +185,22 @@ def test_shipped_variants(here, call, file):
 @pytest.mark.parametrize(
     "words, line",
     [
-        ("", "needs one of --name, --status and --resume"),
-        ("--name a --status b", "needs one of --name, --status and --resume"),
+        ("", "needs one of --name, --resume and --status"),
+        ("--name a --status b", "needs one of --name, --resume and --status"),
+        ("--name=", "--name : must be a single folder's name"),
+        ("--status b --jobs 2", "--jobs: has no effect with --status"),
+        ("--resume b --variant x:", "--variant: has no effect with --resume"),
+        ("--name a --runs_per_job 2", "--runs_per_job, --slurm_script: have no effect without --slurm"),
+        ("--resume b --array 1", "--array, --element: only together"),
         ("--name a --job 2", "unrecognized flag --job; the nearest is --jobs"),
         ("--name a --jobs 0", "--jobs 0: must be at least 1"),
         ("--name a/b", "--name a/b: must be a single folder's name"),
         ("--name ..", "--name ..: must be a single folder's name"),
-        ("--name a --element 1", "--element 1: goes with --resume and is not negative"),
+        ("--name a --element 1", "--element: has no effect with --name"),
+        ("--name a -- --save_tb --wandb x", "--wandb x: the package is not installed"),
         ("--status runs", "--status runs: holds no runs"),
         ("--resume runs/a", "--resume runs/a: not the folder of a sweep"),
-        ("--resume runs/a -- --seed 1", "--status and --resume take the runs of sweep.json, no others"),
+        ("--resume runs/a -- --seed 1", "--seed: --status and --resume take the runs of sweep.json, no others"),
         ("--name a --only x", "--only x: no such variant; there are none"),
         ("--name a --variants none.txt", "--variants none.txt: No such file or directory"),
         ("--name a -- --omega_cody_loss 0.1,-1", "--omega_cody_loss -1.0: must not be negative"),
@@ -213,7 +220,7 @@ def test_shipped_variants(here, call, file):
         ),
         ("--name a -- --camera_id 0,7", "--camera_id 7: must be from -1 to 1 on cartpole swingup"),
         ("--name a -- --task walker-walk --domain_name walker", "--task walker: must be domain-task, such as"),
-        ("--name a --work_dir code/train.py", "code/train.py/a/sweep.json: cannot be read"),
+        ("--name a --work_dir code/train.py", "--name code/train.py/a/cody_sac/cartpole-swingup/s1: "),
         (f"--name {'a' * 256}", f"--name {('runs/' + 'a' * 256)[:60]}...: no name in it may be longer than 255 bytes"),
     ],
 )
@@ -231,6 +238,7 @@ def test_one_wrong_value_is_one_line_and_creates_nothing(here, call, words, line
         ("x --agent sac", "--variant x --agent sac: must be 'name: flags'"),
         ("..: --agent sac", "--variant ..: --agent sac: must be 'name: flags'"),
         ("x: --batch_size 1,2", "--variant x: has a grid in it; grids stand behind the --"),
+        ('x: --agent "sac', "--variant x: No closing quotation"),
         ("y: --seed 3", "--seed: has several values behind the --, and one in --variant y"),
     ],
 )
@@ -255,7 +263,7 @@ def test_every_end_of_a_run(here, call):
     assert f"{run}3: finished, return 103" in said
     refused = f"{run}4: exit code 2: train.py: error: --device cuda: there is none"
     assert [line for line in said if line.startswith(refused)] == [f"{refused}; given up"]
-    assert said[-1] == "2 finished, 1 diverged, 2 killed"
+    assert said[-1] == "2 finished, 1 diverged, 2 died"
     assert (here / f"{run}2/output.log").read_text().count("a bug") == 3  # nothing that a run has said is lost
 
     # the same command tries again what has failed, and nothing else
@@ -281,8 +289,9 @@ def test_a_changed_grid_adds_and_never_removes(here, call):
     assert call("sweep.py", "--name a -- --omega_cody_loss 1e-2 --seed 0").returncode == 0
     assert sorted(names(here)) == sorted([first, *omegas])
 
-    result = call("sweep.py", "--name a -- --omega_cody_loss 1e-1,1e-2 --seed 0 --batch_size 8")
-    assert result.returncode == 2 and "--batch_size 8: " in result.stderr and len(result.stderr.splitlines()) == 1
+    for seeds in ("0", "0,4"):
+        result = call("sweep.py", f"--name a -- --omega_cody_loss 1e-1,1e-2 --seed {seeds} --batch_size 8")
+        assert result.returncode == 2 and "--batch_size 8: " in result.stderr and len(result.stderr.splitlines()) == 1
     assert sorted(names(here)) == sorted([first, *omegas])
 
 
@@ -421,7 +430,7 @@ def test_the_batch_script(here, call, cluster, monkeypatch):
     assert script == dry.stdout.removesuffix("\n")
     assert not re.search("@[A-Z_]+@", script)
     for line in (
-        "--job-name=a",
+        '--job-name="a"',
         "--array=0-2%4",
         "--requeue",
         "--signal=B:USR1@90",
@@ -437,25 +446,58 @@ def test_the_batch_script(here, call, cluster, monkeypatch):
 
 def test_only_what_is_not_over_is_submitted_and_only_once(here, call, cluster):
     call("sweep.py", "--name a -- --seed 0")
-    assert slurm(call, "--runs_per_job 2 -- --seed 0,1,2,3,4").stdout.startswith("job 17: 4 runs in 3 elements")
-    assert "#SBATCH --array=0-2\n" in (cluster / "script").read_text()
-    (cluster / "queue").write_text("0\n2\n")
-    assert slurm(call, "-- --seed 0,1,2,3,4").stdout.startswith("job 17: 2 runs in 2 elements")
-    assert "#SBATCH --array=2-3\n" in (cluster / "script").read_text()
-    (cluster / "queue").write_text("0\n1\n2\n3\n4\n")
+    assert slurm(call, "--runs_per_job 2 -- --seed 0,1,2,3,4").stdout.startswith("job 17: 4 runs in 2 elements")
+    assert "#SBATCH --array=0-1\n" in (cluster / "script").read_text()
+    (cluster / "queue").write_text("1\n")
+    assert slurm(call, "-- --seed 0,1,2,3,4,6").stdout.startswith("job 17: 3 runs in 3 elements")  # 1, 2 and the new 6
+    (cluster / "queue").write_text("0\n1\n")
     assert slurm(call, "-- --seed 0,1,2,3,4").stdout == "runs/a: nothing to submit\n"
+    result = slurm(call, "-- --seed 3 --batch_size 8")  # of a run that waits in the queue
+    assert result.returncode == 2 and "--batch_size 8: runs/a/cody_sac/cartpole-swingup/s3 was planned" in result.stderr
+    (cluster / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact' >&2; exit 1\n")
+    result = slurm(call, "-- --seed 0,1,2,3,4")
+    assert result.returncode == 2 and "Unable to contact" in result.stderr
 
 
 def test_an_element_does_its_own_runs(here, call, cluster):
     slurm(call, "--runs_per_job 2 -- --seed 0,1,6")
-    result = call("sweep.py", f"--resume {here} --element 0 --runs_per_job 2")
-    assert result.returncode == 0 and [load_state(run) for run in find_runs(here)] == [
-        "finished",
-        "diverged",
-        "missing",
-    ]
-    assert call("sweep.py", f"--resume {here} --element 1 --runs_per_job 2").returncode == 0
+    assert '--array 0 --element "$SLURM_ARRAY_TASK_ID"' in (cluster / "script").read_text()
+    slurm(call, "-- --seed 9")
+    result = call("sweep.py", f"--resume {here} --array 0 --element 0")
+    assert result.returncode == 0
+    assert [load_state(run) for run in find_runs(here)] == ["finished", "diverged", "missing", "missing"]
+    assert call("sweep.py", f"--resume {here} --array 0 --element 1").returncode == 0
     assert load_args(here / "cody_sac/cartpole-swingup/s6")["seed"] == 6
+    result = call("sweep.py", f"--resume {here} --array 0 --element 2")
+    assert result.returncode == 2 and "--array 0 --element 2: " in result.stderr
+
+
+def test_sweeps_that_grow_at_the_same_time(here):
+    """Each adds its own runs, and none is lost."""
+    start = started(here.parent.parent)
+    processes = [start("--name", "a", "--", "--seed", f"{seed},{seed + 10}") for seed in (20, 21, 22, 23)]
+    for process in processes:
+        assert process.communicate(timeout=120)[0].splitlines()[-1] == "2 finished"
+    assert sorted(names(here)) == [f"cody_sac/cartpole-swingup/s{seed}" for seed in (20, 21, 22, 23, 30, 31, 32, 33)]
+
+
+def test_a_reader_that_goes_away(here):
+    """As in `sweep.py ... | head -1`."""
+    process = started(here.parent.parent)("--name", "a", "--", "--seed", "20,6,21")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert [load_state(run) for run in find_runs(here)] == ["finished"] * 3
+
+
+def test_a_narrow_terminal(capsys):
+    """The names are wrapped, what is said of them is whole."""
+    run = standing.Standing("finished", 63_000, 63_000, 1000.0, None, "")
+    console = standing.Lines(width=60)
+    console.print(standing.report({f"omega_cody_loss=0.0{k},cody_lr=1e-4/ball_in_cup-catch/s1": run for k in (1, 2)}))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert sum("finished  63,000 of 63,000    1000" in line for line in lines) == 2
 
 
 def test_no_cluster(here, call, monkeypatch):
@@ -468,11 +510,24 @@ def test_no_cluster(here, call, monkeypatch):
     )
 
 
+def test_batch_scripts_that_cannot_work(here, call, cluster):
+    script = here.parent.parent / "mine.sh"
+    script.write_text((ROOT / "sweeps" / "slurm.sh").read_text().replace("@ARRAY@", "0-1"))
+    for words, line in (
+        ("--slurm_script mine.sh", "--slurm_script mine.sh: @ARRAY@ is missing in it"),
+        ("--slurm_script none.sh", "--slurm_script none.sh: No such file or directory"),
+        ("--work_dir runs%a", "--slurm: "),
+    ):
+        result = slurm(call, f"{words} -- --seed 0")
+        assert result.returncode == 2 and result.stderr.startswith(f"sweep.py: error: {line}")
+    assert not here.parent.exists() and not (here.parent.parent / "runs%a").exists()
+
+
 def test_a_cluster_that_refuses(here, call, cluster):
     (cluster / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid job array specification' >&2\nexit 1\n")
     result = slurm(call, "-- --seed 0")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert "Invalid job array specification" in result.stderr
+    assert "Invalid job array specification" in result.stderr and not here.exists()
 
 
 # --- real runs
