@@ -372,6 +372,8 @@ def check_args(args):
         raise ConfigError("--diagnostics: not together with --table, which is a command of its own")
     if args.statistic != "mean" and (args.table is not None or args.diagnostics):
         raise ConfigError(f"--statistic {args.statistic}: has no effect with --table or --diagnostics")
+    if args.out is not None and not os.path.basename(args.out):
+        raise ConfigError(f"--out {args.out}: must end in a name, to which .png and so on are added")
     if negative := [step for step in args.table or () if step < 0]:
         raise ConfigError(f"--table {negative[0]}: must be environment steps")
 

@@ -462,6 +462,7 @@ def test_imports_without_torch():
         ("{sweep} --statistic iqm --table", "--statistic iqm: has no effect with --table or --diagnostics"),
         ("{sweep} --diagnostics --table", "--diagnostics: not together with --table"),
         ("{sweep} --table -5", "--table -5: must be environment steps"),
+        ("{sweep} --out {tmp}/figures/", "--out {tmp}/figures/: must end in a name, to which .png and so on are added"),
         ("{sweep} --table 1e5", "Error parsing --table"),
         (
             "{sweep} --diagnostics",
