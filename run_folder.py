@@ -155,7 +155,7 @@ def load_sweep(folder):
     except FileNotFoundError:
         return {"runs": [], "jobs": []}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or f"no such file of a sweep: {error}"
+        reason = getattr(error, "strerror", None) or f"not what sweep.py writes: {error}"
         raise ConfigError(f"{path}: cannot be read ({reason[:80]})") from None
 
 

@@ -22,7 +22,8 @@ def fill(path, **values):
         place = f"@{name.upper()}@"
         if place not in script:
             raise ConfigError(f"--slurm_script {path}: {place} is missing in it")
-        if bad := set(str(value)) & set('"$`\\\n' + "%" * (name == "folder")):
+        cannot = "\n" if name == "options" else '\n"$`\\' + "%" * (name == "folder")  # Slurm reads % as a number
+        if bad := set(str(value)) & set(cannot):
             raise ConfigError(f"--slurm: {value} has {''.join(bad)!r} in it, which cannot stand in a batch script")
         script = script.replace(place, str(value))
     return script

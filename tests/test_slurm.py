@@ -9,7 +9,7 @@ import pytest
 from conftest import SMALL
 from slurm_cluster import cluster, missing
 
-from run_folder import find_runs, load_rows, load_state, load_status
+from run_folder import find_runs, load_rows, load_state
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIMES = ("duration", "decisions_per_s", "updates_per_s", "wall_seconds")
@@ -70,7 +70,7 @@ def settle(one, runs, states, seconds=300):
 
 def at_work(one, run, step):
     """Wait until a run is beyond a step."""
-    one.wait(lambda: load_state(run) == "running" and load_status(run)["step"] > step, 120)
+    one.wait(lambda: load_state(run) == "running" and any(r["step"] > step for r in load_rows(run, "train.log")), 120)
 
 
 def element(one, job, index):
@@ -85,18 +85,18 @@ def test_interrupted_in_every_way(tmp_path, one, here):
     folder = tmp_path / "runs" / "a"
     runs = find_runs(folder)
     at_work(one, runs[0], 30)
+    at_work(one, runs[1], 30)
     assert element(one, job, 2)["JobState"] == "PENDING"  # --jobs at once
     # as Slurm does ahead of the time limit; scancel itself goes on trying when the element is in the queue again
     with subprocess.Popen(["scancel", "--batch", "--signal=USR1", f"{job}_0"], env=one.env) as signalling:
         one.wait(lambda: element(one, job, 0)["Restarts"] == "1", 60)
         signalling.kill()
 
-    at_work(one, runs[1], 30)
     one.run("scontrol", "requeue", f"{job}_1")
     one.wait(lambda: element(one, job, 1)["Restarts"] == "1", 60)
 
-    at_work(one, runs[2], 30)
     assert submit(tmp_path, one)[1] == "runs/a: nothing to submit\n"  # what is in the queue is not submitted again
+    at_work(one, runs[2], 30)
     one.run("scancel", f"{job}_2")
     one.wait(lambda: load_state(runs[2]) == "stopped", 60)
 

@@ -22,7 +22,8 @@ from conftest import SMALL
 import processes
 import standing
 import sweep
-from run_folder import find_runs, load_args, load_rows, load_state, load_status
+from run_folder import find_runs, is_written, load_args, load_rows, load_state, load_status
+from slurm import fill
 
 ROOT = pathlib.Path(__file__).parent.parent
 STAND_IN = """
@@ -58,7 +59,7 @@ if seed == 3 and not (folder.path / "again").exists():
     os.kill(os.getpid(), 9)
 if seed == 4:
     exit_with(ConfigError("--device cuda: there is none"))
-while seed == 5 or time.time() < begun + {6: 1, 7: 5}.get(seed, 0):
+while time.time() < begun + {5: 60, 6: 1, 7: 5}.get(seed, 0):  # 5: until it is told to stop
     try:
         signals.check()
     except signals.Stopped as stop:
@@ -84,17 +85,27 @@ def here(tmp_path, monkeypatch):
     return tmp_path / "runs" / "a"
 
 
-def started(folder):
-    """sweep.py on the stand-in as a process of its own, like a user's."""
+@pytest.fixture
+def start(here):
+    """Factory: sweep.py on the stand-in as a process of its own, like a user's; nothing of it outlives the test."""
     script = "import pathlib, processes, signals, sweep; signals.listen()\nprocesses.HERE = pathlib.Path('code')\n"
     script += "sweep.main()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    begun = []
 
     def start(*words, **kwargs):
         kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **kwargs}
-        return subprocess.Popen([sys.executable, "-c", script, *words], cwd=folder, env=environment, **kwargs)
+        command = [sys.executable, "-c", script, *words]
+        begun.append(subprocess.Popen(command, cwd=here.parent.parent, env=environment, **kwargs))
+        return begun[-1]
 
-    return start
+    yield start
+    for process in begun:
+        process.kill()
+        process.wait()
+    for run in find_runs(here):
+        if is_written(run):
+            os.kill(load_status(run)["pid"], signal.SIGKILL)
 
 
 def until(condition, seconds=60):
@@ -329,8 +340,7 @@ def test_gpus_that_the_driver_knows_of(here, monkeypatch):
 
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_stopped_sweep_goes_on(here, sent, code):
-    start = started(here.parent.parent)
+def test_a_stopped_sweep_goes_on(here, start, sent, code):
     command = ["--name", "a", "--jobs", "2", "--", "--seed", "5,0", "--omega_cody_loss", "1,2"]
     process = start(*command)
     waiting = [here / f"omega_cody_loss={omega}/cartpole-swingup/s5" for omega in (1, 2)]
@@ -347,9 +357,8 @@ def test_a_stopped_sweep_goes_on(here, sent, code):
     process.communicate(timeout=30)
 
 
-def test_runs_that_a_killed_sweep_has_left_behind(here):
+def test_runs_that_a_killed_sweep_has_left_behind(here, start):
     """They are neither started a second time nor joined by more than --jobs allows."""
-    start = started(here.parent.parent)
     command = ["--name", "a", "--jobs", "1", "--", "--seed", "5,0"]
     process = start(*command)
     first = here / "cody_sac/cartpole-swingup/s5"
@@ -367,9 +376,9 @@ def test_runs_that_a_killed_sweep_has_left_behind(here):
     process.communicate(timeout=30)
 
 
-def test_on_a_terminal_the_table_is_drawn_live(here):
+def test_on_a_terminal_the_table_is_drawn_live(here, start):
     ours, theirs = pty.openpty()
-    process = started(here.parent.parent)("--name", "a", "--", "--seed", "7", stdout=theirs, stderr=theirs, text=False)
+    process = start("--name", "a", "--", "--seed", "7", stdout=theirs, stderr=theirs, text=False)
     os.close(theirs)
     shown = b""
     while select.select([ours], [], [], 30)[0]:
@@ -472,18 +481,17 @@ def test_an_element_does_its_own_runs(here, call, cluster):
     assert result.returncode == 2 and "--array 0 --element 2: " in result.stderr
 
 
-def test_sweeps_that_grow_at_the_same_time(here):
+def test_sweeps_that_grow_at_the_same_time(here, start):
     """Each adds its own runs, and none is lost."""
-    start = started(here.parent.parent)
     processes = [start("--name", "a", "--", "--seed", f"{seed},{seed + 10}") for seed in (20, 21, 22, 23)]
     for process in processes:
         assert process.communicate(timeout=120)[0].splitlines()[-1] == "2 finished"
     assert sorted(names(here)) == [f"cody_sac/cartpole-swingup/s{seed}" for seed in (20, 21, 22, 23, 30, 31, 32, 33)]
 
 
-def test_a_reader_that_goes_away(here):
+def test_a_reader_that_goes_away(here, start):
     """As in `sweep.py ... | head -1`."""
-    process = started(here.parent.parent)("--name", "a", "--", "--seed", "20,6,21")
+    process = start("--name", "a", "--", "--seed", "20,6,21")
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=60) == 0
@@ -521,6 +529,12 @@ def test_batch_scripts_that_cannot_work(here, call, cluster):
         result = slurm(call, f"{words} -- --seed 0")
         assert result.returncode == 2 and result.stderr.startswith(f"sweep.py: error: {line}")
     assert not here.parent.exists() and not (here.parent.parent / "runs%a").exists()
+
+
+def test_options_of_sbatch_may_be_quoted():
+    values = dict.fromkeys(["name", "array", "folder", "here", "python", "sweep", "number"], "x")
+    script = fill(ROOT / "sweeps" / "slurm.sh", options='--constraint="a100|h100" --mem=8G', **values)
+    assert '#SBATCH --constraint="a100|h100" --mem=8G\n' in script
 
 
 def test_a_cluster_that_refuses(here, call, cluster):
