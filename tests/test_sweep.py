@@ -2,6 +2,7 @@
 and writes a run's folder as train.py does; what a real one needs is tested with real ones at the end."""
 
 import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import psutil
 import pytest
 from conftest import SMALL
 
+import dmc2gym
 import processes
 import standing
 import sweep
@@ -75,6 +77,8 @@ with open(folder.path / "times", "a") as file:
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working folder, where sweep.py starts the stand-in; the folder of the sweep `a`."""
+    dmc2gym.select_gl_backend()  # before the sweep, which draws nothing, has dm_control without a renderer: the tests
+    importlib.import_module("dm_control.suite")  # that come later in this process make environments
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "train.py").write_text(STAND_IN.replace("ROOT", repr(str(ROOT))))
     shutil.copytree(ROOT / "sweeps", tmp_path / "code" / "sweeps")
