@@ -2,6 +2,7 @@
 and writes a run's folder as train.py does; what a real one needs is tested with real ones at the end."""
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -491,6 +492,20 @@ def test_sweeps_that_grow_at_the_same_time(here, start):
     for process in processes:
         assert process.communicate(timeout=120)[0].splitlines()[-1] == "2 finished"
     assert sorted(names(here)) == [f"cody_sac/cartpole-swingup/s{seed}" for seed in (20, 21, 22, 23, 30, 31, 32, 33)]
+
+
+def test_one_process_at_a_time_changes_the_list(here, start):
+    here.mkdir(parents=True)
+    with open(here / "sweep.lock", "a") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        process = start("--name", "a", "--", "--seed", "20")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+        assert not (here / "sweep.json").exists()
+        theirs = {"folder": "sac/cartpole-swingup/s1", "flags": ["--agent", "sac"]}
+        (here / "sweep.json").write_text(json.dumps({"runs": [theirs], "jobs": []}))
+    assert process.wait(timeout=60) == 0
+    assert names(here) == ["sac/cartpole-swingup/s1", "cody_sac/cartpole-swingup/s20"]
 
 
 def test_a_reader_that_goes_away(here, start):
