@@ -55,9 +55,9 @@ def one(tmp_path):
         yield one
 
 
-def submit(folder, one, limit="--time=10", *options):
+def submit(folder, one, *options):
     """Submit the sweep; the job's number and what sweep.py says."""
-    words = ["--name", "a", "--slurm", limit, *options, "--", *FLAGS.split()]
+    words = ["--name", "a", "--slurm", "--time=10", *options, "--", *FLAGS.split()]
     said = sweep(folder, *words, env=one.env)
     return said.split()[1].rstrip(":"), said
 
@@ -80,7 +80,7 @@ def element(one, job, index):
 
 
 def test_interrupted_in_every_way(tmp_path, one, here):
-    job, said = submit(tmp_path, one, "--time=10", "--jobs", "2")
+    job, said = submit(tmp_path, one, "--jobs", "2")
     assert f"job {job}: 4 runs in 4 elements" in said
     folder = tmp_path / "runs" / "a"
     runs = find_runs(folder)
@@ -114,11 +114,22 @@ def test_interrupted_in_every_way(tmp_path, one, here):
 
 def test_the_time_limit_and_a_more_urgent_job(tmp_path, one, here):
     """Runs that meet the limit come back until they are done, two in an element, and so do those that are preempted."""
-    submit(tmp_path, one, "--time=3", "--runs_per_job", "2")  # 90 seconds after the start, or up to 30 earlier
+    job, said = submit(tmp_path, one, "--runs_per_job", "2")
+    assert f"job {job}: 4 runs in 2 elements" in said
     folder = tmp_path / "runs" / "a"
     runs = find_runs(folder)
+
+    def come_back(times):
+        one.wait(lambda: [element(one, job, index)["Restarts"] for index in (0, 1)] == [times] * 2, 120)
+
+    at_work(one, runs[0], 30)
+    at_work(one, runs[2], 30)
+    one.run("scontrol", "update", f"jobid={job}", "timelimit=2")  # however fast the machine, the signal is due now
+    come_back("1")
+    one.run("scontrol", "update", f"jobid={job}", "timelimit=10")
+    at_work(one, runs[0], 30)
     at_work(one, runs[2], 30)
     one.run("sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1")
-    settle(one, runs, ["finished"] * 4, 900)
+    come_back("2")
+    settle(one, runs, ["finished"] * 4)
     assert result(folder) == here
-    assert all("DUE TO" in log.read_text() for log in (folder / "slurm").iterdir())  # requeued or preempted
