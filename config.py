@@ -398,6 +398,7 @@ def parse_flags(flags, args=None, default=None):
         if not exit_.code:
             raise
         line = _one_line(errors.getvalue())
+        line = _wrong_type(line) or line
         if "Unrecognized options" in line:
             line = _unrecognized(flags, args) or line
         raise ConfigError(line if len(line) <= LINE else line[: LINE - 3] + "...") from None
@@ -413,6 +414,22 @@ def _unrecognized(flags, args) -> str | None:
             nearest = difflib.get_close_matches(flag, real, n=1, cutoff=0)[0]
             return f"unrecognized flag {show(arg.split('=')[0])}; the nearest is {nearest}"
     return None
+
+
+def _wrong_type(line) -> str | None:
+    """What tyro says of a value that is no number, as the flag, the value and what is right."""
+    found = re.match(
+        r"Error parsing (--\w+): (?:no type matching (?:\{None\}\|)?(.*) could be instantiated from \[(.*?)\]\."
+        r"|invalid literal for (INT)\(\) with base 10: (.*)|could not convert string to (FLOAT): (.*))",
+        line,
+        re.IGNORECASE,
+    )
+    if not found:
+        return None
+    flag, kind, value = (part for part in found.groups() if part is not None)
+    value = value[1:-1].replace("', '", " ")
+    what = {"INT": "a whole number", "FLOAT": "a number"}.get(kind.upper(), "whole numbers")
+    return f"{flag} {value}: must be {what}"
 
 
 def parse(args=None) -> Config:

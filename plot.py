@@ -84,7 +84,7 @@ class Args:
     statistic: Literal["mean", "iqm"] = "mean"
     """Of the thick line, over seeds: mean, as published numbers are, or interquartile mean."""
     table: tuple[int, ...] | None = None
-    """Table at these environment steps; at the last that all runs have reached if none is named."""
+    """Table at these environment steps, behind the folders; none named: at the last that all runs have reached."""
     diagnostics: bool = False
     """MI bound, KL, latent rank and gradient ratio against the training return, each seed."""
     out: str | None = None

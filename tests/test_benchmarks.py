@@ -44,7 +44,7 @@ def test_no_row_is_above_its_peak():
     "flags, line",
     [
         ("--updates 1", "--updates 1: must be at least 2"),
-        ("--batch_sizes many", "Error parsing --batch_size: invalid literal for int() with base 10: 'many'"),
+        ("--batch_sizes many", "--batch_size many: must be a whole number"),
         ("--batch_sizes 3000", "--batch_size 3000: must not exceed what the replay can hold"),
         ("--rows=--update_mode=fast", "invalid choice 'fast' for argument '--update_mode'"),
         ("--batch_sizes=", "--batch_sizes: names none"),

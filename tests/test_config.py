@@ -61,7 +61,10 @@ def test_tasks_outside_the_table_and_other_repeats():
     "flags, line",
     [
         ("--batch_size 0", "--batch_size 0: must be at least 1"),
-        ("--batch_size many", "Error parsing --batch_size: invalid literal for int() with base 10: 'many'"),
+        ("--batch_size many", "--batch_size many: must be a whole number"),
+        ("--camera_id 1.5", "--camera_id 1.5: must be a whole number"),
+        ("--omega_cody_loss x", "--omega_cody_loss x: must be a number"),
+        ("--cody_max_grad_norm it's", "--cody_max_grad_norm it's: must be a number"),
         ("--bach_size 3", "unrecognized flag --bach_size; the nearest is --batch_size"),
         ("--device tpu", "invalid choice 'tpu' for argument '--device'. Expected one of ('auto', 'cpu', 'cuda')."),
         ("--omega_cody_los 1", "unrecognized flag --omega_cody_los; the nearest is --omega_cody_loss"),

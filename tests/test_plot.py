@@ -466,7 +466,8 @@ def test_imports_without_torch():
         ("{sweep} --diagnostics --table", "--diagnostics: not together with --table"),
         ("{sweep} --table -5", "--table -5: must be environment steps"),
         ("{sweep} --out {tmp}/figures/", "--out {tmp}/figures/: must end in a name, to which .png and so on are added"),
-        ("{sweep} --table 1e5", "Error parsing --table"),
+        ("{sweep} --table 1e5", "--table 1e5: must be whole numbers"),
+        ("--table 100000 {sweep}", "--table 100000 {sweep}: must be whole numbers"),
         (
             "{sweep} --diagnostics",
             "--diagnostics: no train.log here has any of them; runs of --agent cody_sac log them",

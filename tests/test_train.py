@@ -239,7 +239,7 @@ def test_evaluate_refuses_in_one_line(trained, tmp_path, monkeypatch, call):
         ("--run broken", f"broken: {no_run}"),
         ("--run list", f"list: {no_run}"),
         ("--run other", f"other: {no_run}--batch_size 0: must be at least 1)"),
-        ("--run typed", f"typed: {no_run}Error parsing --batch_size: invalid literal for int() with base 10: 'a')"),
+        ("--run typed", f"typed: {no_run}--batch_size a: must be a whole number)"),
         ("--run curl", f"curl: {no_run}invalid choice 'curl_sac' for argument '--agent'."),
         ("--rum run", "unrecognized flag --rum; the nearest is --run"),
         (f"--run {'x' * 300}", "xxx"),
