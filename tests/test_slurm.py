@@ -131,5 +131,5 @@ def test_the_time_limit_and_a_more_urgent_job(tmp_path, one, here):
     at_work(one, runs[2], 30)
     one.run("sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1")
     come_back("2")
-    settle(one, runs, ["finished"] * 4)
+    settle(one, runs, ["finished"] * 4, 600)
     assert result(folder) == here
