@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
 from utils import weight_init
@@ -105,6 +104,8 @@ def as_pixels(reconstruction):
 
 def image_quality(obs, reconstruction):
     """Mean PSNR (dB) and SSIM of (N, C, H, W) reconstructions against uint8 observations, on the host."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity  # here alone: a second or more
+
     pairs = list(zip(obs.cpu().numpy() / 255, as_pixels(reconstruction.detach()).cpu().double().numpy(), strict=True))
     psnr = [peak_signal_noise_ratio(a, b, data_range=1) for a, b in pairs]
     ssim = [structural_similarity(a, b, data_range=1, channel_axis=0) for a, b in pairs]

@@ -15,7 +15,6 @@ from multiprocessing.connection import Connection
 
 import gymnasium
 import numpy as np
-import torch
 from gymnasium.wrappers import FrameStackObservation, TransformObservation
 
 import dmc2gym
@@ -55,6 +54,8 @@ class Restorable:
 
     def state_dict(self):
         """Of a moment between two steps."""
+        import torch  # here alone: without it a worker starts in half the time and has half the size
+
         sampling = self.action_space.np_random.bit_generator.state
         return {"episode": self.episode_state(), "obs": torch.from_numpy(self.obs), "sampling": sampling}
 

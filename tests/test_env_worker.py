@@ -9,6 +9,7 @@ import sys
 import tempfile
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import make_replay, run_loop
@@ -80,6 +81,15 @@ def test_diverged_physics_stops_at_ten_episodes_in_a_row():
     env = Exploding(config, 0, every=2)
     returns, frames = evaluate([env], Agent(env.action_space), 30, 0, True, said.append)
     assert len(returns) == 30 and len(frames) == 4  # the first episode is a bad one
+
+
+def test_a_worker_needs_no_torch():
+    """Which is more than half of its size, and most of the time it takes to start."""
+    env = WorkerEnv(parse(["--image_size", "32"]), 0)
+    env.reset()
+    maps = {pathlib.Path(m.path).name for m in psutil.Process(env._process.pid).memory_maps()}
+    env.close()
+    assert any("mujoco" in name for name in maps) and not any("torch" in name for name in maps)
 
 
 def test_diverged_physics_in_a_worker():
