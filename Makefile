@@ -1,5 +1,6 @@
 # make train ARGS="--task_name balance"   train, after installing into .venv
-# make test                               the test suite
+# make test                               the test suite, two tests at a time
+# make test ARGS="tests/test_sac.py"      some of it, one at a time
 # make lint                               ruff
 
 # the first Python 3.10 to 3.12 found; another: make PYTHON=/path/to/python
@@ -14,7 +15,7 @@ train: .venv/installed
 	.venv/bin/python train.py --save_tb --save_video $(ARGS)
 
 test: .venv/installed-dev
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest $(or $(ARGS),-n 2 --dist worksteal)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

@@ -370,7 +370,7 @@ class RunFolder:
 
     def begin(self, step, made_with):
         """Say in args.json that the run begins, or goes on at `step`; `made_with`: see `provenance`."""
-        now = {"time": time.time(), "command": sys.argv, **made_with}
+        now = {"time": time.time(), "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]], **made_with}
         args = dataclasses.asdict(self._config)
         if self._continues:
             before = load_args(self.path)

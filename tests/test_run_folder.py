@@ -51,7 +51,7 @@ def test_a_run_grows(begun, tmp_path, call):
     longer = "--num_train_steps 26"
     result = call("train.py", f"{longer} --run_dir {tmp_path}/copy/finished")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "finished and has not kept what it needs to go on; --keep_checkpoint keeps it" in result.stderr
+    assert "finished and has not kept what it needs to go on; --keep" in result.stderr
     result = call("train.py", f"{longer} --run_dir {tmp_path}/copy/kept")
     assert result.returncode == 0 and "goes on at step 16" in result.stdout
     assert call("train.py", f"{SHORT} {longer} --run_dir {tmp_path}/whole").returncode == 0

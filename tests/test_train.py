@@ -77,6 +77,7 @@ def test_what_a_run_writes(trained):
     ]  # fmt: skip
     args = json.loads((folder / "args.json").read_text())
     assert args["action_repeat"] == 100 and args["critic_lr"] == 1e-3 and args["seed"] == 3
+    assert args["command"][:2] == ["train.py", "--action_repeat"]  # wherever it lies
     assert set(args["versions"]) == {"torch", "mujoco", "dm_control", "gymnasium", "numpy"}
     assert args["mujoco_gl"] in ("egl", "osmesa", "glfw")
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
