@@ -84,7 +84,7 @@ def test_diverged_physics_stops_at_ten_episodes_in_a_row():
 
 
 def test_a_worker_needs_no_torch():
-    """Which is more than half of its size, and most of the time it takes to start."""
+    """Which is nearly half of its size, and of the time it takes to start."""
     env = WorkerEnv(parse(["--image_size", "32"]), 0)
     env.reset()
     maps = {pathlib.Path(m.path).name for m in psutil.Process(env._process.pid).memory_maps()}

@@ -472,16 +472,18 @@ def test_imports_without_torch():
             "{sweep} --diagnostics",
             "--diagnostics: no train.log here has any of them; runs of --agent cody_sac log them",
         ),
-        ("{sweep} --out {sweep}/sweep.json/x", "--out {sweep}/sweep.json: {sweep}/sweep.json is not a folder"),
+        ("{sweep} --out {sweep}/sweep.json/x", "--out {sweep}/sweep.json: {here}/{sweep}/sweep.json is not a folder"),
         ("{sweep} --out {tmp}/other", "--out: {tmp}/other.csv is there and plot.py has not made it; name another"),
         ("{tmp}/drq.csv --out {tmp}/drq", "--out: {tmp}/drq.csv is read and would be written over; name another"),
         ("{begun}", "{begun}: no run has been evaluated yet"),
         ("{plain} {uneven} --table", "--table: no environment step at which all runs were evaluated; name one"),
     ],
 )
-def test_refusals(sweep, tmp_path, call, flags, line):
-    places = {name: tmp_path / "places" / name for name in ("plain", "begun", "uneven")} | {"sweep": sweep}
-    tmp = tmp_path / "nothing"
+def test_refusals(sweep, tmp_path, monkeypatch, call, flags, line):
+    monkeypatch.chdir(tmp_path)  # a long path would be cut, and what comes after it
+    places = {name: pathlib.Path("places", name) for name in ("plain", "begun", "uneven")}
+    places["sweep"] = sweep.relative_to(tmp_path)
+    tmp = pathlib.Path("nothing")
     tmp.mkdir()
     (tmp / "other.txt").write_text("hello")
     (tmp / "other.csv").write_text("a,b\n1,2\n")
@@ -497,7 +499,7 @@ def test_refusals(sweep, tmp_path, call, flags, line):
     before = sorted(tmp_path.rglob("*"))
     result = call("plot.py", flags.format(tmp=tmp, **places))
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"plot.py: error: {line.format(tmp=tmp, **places)}"[:190])
+    assert result.stderr.startswith(f"plot.py: error: {line.format(tmp=tmp, here=tmp_path, **places)}"[:200])
     assert result.stderr.count("\n") == 1 and len(result.stderr) <= 201
     assert sorted(tmp_path.rglob("*")) == before
 
