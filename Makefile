@@ -1,5 +1,5 @@
 # make train ARGS="--task_name balance"   train, after installing into .venv
-# make test                               the test suite, two tests at a time
+# make test                               the test suite, two tests at a time, a thread each
 # make test ARGS="tests/test_sac.py"      some of it, one at a time
 # make lint                               ruff
 
@@ -15,7 +15,7 @@ train: .venv/installed
 	.venv/bin/python train.py --save_tb --save_video $(ARGS)
 
 test: .venv/installed-dev
-	.venv/bin/python -m pytest $(or $(ARGS),-n 2 --dist worksteal)
+	$(if $(ARGS),,OMP_NUM_THREADS=1) .venv/bin/python -m pytest $(or $(ARGS),-n 2 --dist worksteal)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

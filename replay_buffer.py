@@ -197,6 +197,8 @@ class ReplayBuffer:
 
         frames = moved(self._frames.read(window.ravel()), self.device)
         frames = frames.view(len(positions), -1, *self._frame_shape[1:])  # (B, (k + 2) * C, H, W)
+        if frames.dim() == 4:  # the layout of the encoders: turned here once, not in each of the three stacks
+            frames = frames.contiguous(memory_format=torch.channels_last)
         channels = self._frame_shape[0]
 
         def stack(first):

@@ -5,11 +5,13 @@
 
 Every row is measured in a process of its own, so that no row inherits another's memory. Times are medians over pairs
 of updates (every second one steps actor and targets), sampling and augmentation included, on frames of one random
-episode. `ratio` is the row's time over that of the first row with this batch size, `sample` and `augment` the shares
-of `ReplayBuffer.sample` and `SAC.augment` in the row's time. FLOPs are counted by torch's FlopCounterMode; `of peak`
-is the time that they would take at the highest rate of their dtype that this run has seen, in products, convolutions
-or updates, over the time that they took. `decisions/s` are whole decisions on real pixels, the environment in its
-worker: act, environment step, store, sample, augment, update. `GB` is the process's own peak.
+episode. `ratio` is the row's time over that of the first row with this batch size. Where the machine is not steady,
+`--rounds 5` measures all rows five times: figures are then medians over the rounds, and the lowest and highest ratio
+stand beside theirs. `sample` and `augment` are the shares of `ReplayBuffer.sample` and `SAC.augment` in the row's time.
+FLOPs are counted by torch's FlopCounterMode; `of peak` is the time that they would take at the highest rate of their
+dtype that this run has seen, in products, convolutions or updates, over the time that they took. `decisions/s` are
+whole decisions on real pixels, the environment in its worker: act, environment step, store, sample, augment, update.
+`GB` is the process's own peak.
 """
 
 import collections
@@ -58,6 +60,8 @@ class Args:
     """Updates timed in each row."""
     decisions: int = 10
     """Whole decisions timed in each row."""
+    rounds: int = 1
+    """How often all rows are measured, one after the other."""
 
 
 def now(device):
@@ -189,9 +193,9 @@ def in_own_process(function, *args):
 
 def rows_of(args):
     """[(the row's flags, its config)], batch size by batch size; `ConfigError` if one cannot be timed."""
-    for flag in ("updates", "decisions"):
-        if getattr(args, flag) < 2:
-            raise ConfigError(f"--{flag} {getattr(args, flag)}: must be at least 2")
+    for flag, least in {"updates": 2, "decisions": 2, "rounds": 1}.items():
+        if getattr(args, flag) < least:
+            raise ConfigError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
     rows = []
     for batch_size, row in itertools.product(args.batch_sizes.split(), args.rows.split(",")):
         flags = f"--replay_buffer_capacity {REPLAY} --batch_size {batch_size} {args.flags} {row}"
@@ -199,6 +203,25 @@ def rows_of(args):
     if not rows:
         raise ConfigError("--batch_sizes: names none")
     return rows
+
+
+def measure_rows(rows, args):
+    """One round: the figures of each row in turn, `ratio` among them."""
+    results, baselines = [], {}
+    for _, config in rows:
+        row = in_own_process(measure, config, args.updates, args.decisions)
+        row["ratio"] = row["seconds"] / baselines.setdefault(config.batch_size, row["seconds"])
+        results.append(row)
+    return results
+
+
+def over_rounds(rows):
+    """Figures of one row from those of each round: medians, of the peaks the highest, and all ratios."""
+    figures = {name: statistics.median(row[name] for row in rows) for name in rows[0].keys() - {"flops", "peaks"}}
+    figures["flops"] = rows[0]["flops"]
+    figures["peaks"] = {name: max(row["peaks"][name] for row in rows) for name in rows[0]["peaks"]}
+    figures["ratios"] = [row["ratio"] for row in rows]
+    return figures
 
 
 def highest_rates(rows):
@@ -213,20 +236,20 @@ def highest_rates(rows):
 
 def print_table(rows, results):
     """One line a row."""
-    best, first = highest_rates(results), {}
+    best = highest_rates(results)
     width = max(len(name) for name, _ in rows) + 2
     titles = ("batch", "ms", "ratio", "sample", "augment", "decisions/s", "GFLOP", "of peak", "GB", "KB/transition")
-    print("\n" + " " * width + "".join(f"{title:>14}" for title in titles))
+    print("\n" + " " * width + "".join(f"{title:>15}" for title in titles))
     for (name, config), row in zip(rows, results, strict=True):
-        baseline = first.setdefault(config.batch_size, row)
+        spread = f" {min(row['ratios']):.2f}-{max(row['ratios']):.2f}" if len(row["ratios"]) > 1 else ""
         ideal = sum(row["flops"][dtype] / best[dtype] for dtype in DTYPES)
         cells = (
-            f"{config.batch_size}", f"{1e3 * row['seconds']:.1f}", f"{row['seconds'] / baseline['seconds']:.2f}",
+            f"{config.batch_size}", f"{1e3 * row['seconds']:.1f}", f"{row['ratio']:.2f}{spread}",
             f"{row['sample']:.1%}", f"{row['augment']:.1%}",
             f"{row['decisions_per_s']:.2f}", f"{sum(row['flops'].values()) / 1e9:.1f}",
             f"{ideal / row['seconds']:.0%}", f"{row['memory'] / 1e9:.2f}", f"{row['bytes_per_transition'] / 1e3:.1f}",
         )  # fmt: skip
-        print(f"{name:{width}}" + "".join(f"{cell:>14}" for cell in cells))
+        print(f"{name:{width}}" + "".join(f"{cell:>15}" for cell in cells))
     seen = (f"{name} {rate / 1e9:.0f}" for name, rate in best.items() if rate > 1)
     print("\nhighest rates, GFLOP/s: " + ", ".join(seen))
 
@@ -240,7 +263,8 @@ def main():
         print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {git_commit()}")
         if device.type == "cpu":
             print(f"a convolution takes {bf16_time_ratio():.2f} times as long in bf16 as in fp32", flush=True)
-        print_table(rows, [in_own_process(measure, config, args.updates, args.decisions) for _, config in rows])
+        rounds = [measure_rows(rows, args) for _ in range(args.rounds)]
+        print_table(rows, [over_rounds(of_row) for of_row in zip(*rounds, strict=True)])
     except (ConfigError, EnvError) as error:
         exit_with(error)
 
