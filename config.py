@@ -411,8 +411,9 @@ def _unrecognized(flags, args) -> str | None:
     for arg in args:
         flag = arg.split("=")[0].replace("-", "_").replace("__", "--", 1)
         if re.match(r"--?[a-zA-Z]", arg) and flag not in real:
-            nearest = difflib.get_close_matches(flag, real, n=1, cutoff=0)[0]
-            return f"unrecognized flag {show(arg.split('=')[0])}; the nearest is {nearest}"
+            nearest = difflib.get_close_matches(flag[2:], [name[2:] for name in real], n=1, cutoff=0.5)
+            right = f"the nearest is --{nearest[0]}" if nearest else "--help lists them"
+            return f"unrecognized flag {show(arg.split('=')[0])}; {right}"
     return None
 
 

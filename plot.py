@@ -120,8 +120,9 @@ def draw_legend(figure, handles, title=None):
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
 
 
-def legend_label(frame, curve):
-    """The curve, its number of seeds and what is wrong with which, in numbers alone where the words would be many."""
+def legend_label(frame, curve, also=""):
+    """The curve, its number of seeds, what is wrong with which, in numbers alone where the words would be many, and
+    what else is to be said."""
     tasks = frame["task"].unique()
     parts = {task: frame[(frame["curve"] == curve) & (frame["task"] == task)] for task in tasks}
     counts = [begun(part)["seed"].nunique() for part in parts.values()]
@@ -131,7 +132,7 @@ def legend_label(frame, curve):
     if len(words) > 2:
         states = pd.Series([what.split()[0] for runs in found.values() for _, what in runs]).value_counts(sort=False)
         words = [f"{count} run{'s' * (count > 1)} {state}" for state, count in states.items()]
-    return f"{curve} ({'; '.join([n, *words])})"
+    return f"{curve} ({'; '.join([n, *words, *[also] * bool(also)])})"
 
 
 def draw_curves(frame, names, statistic):
@@ -160,10 +161,10 @@ def draw_curves(frame, names, statistic):
                 axis.plot(scores[seed].dropna(), color=colour, linewidth=0.5, alpha=0.5)
             common = aligned(scores)
             if len(common):
-                thick = STATISTICS[statistic](common.to_numpy())
+                of_seeds = STATISTICS[statistic](common.to_numpy())
                 every = (k % 3, max(1, len(common) // 8))
                 look = {"color": colour, "linestyle": line, "linewidth": 1.2, "marker": marker, "markersize": 2.5}
-                axis.plot(common.index, thick, markevery=every, **look)
+                axis.plot(common.index, of_seeds, markevery=every, **look)
                 low, high = np.transpose([interval(row[:, None], statistic) for row in common.to_numpy()])
                 axis.fill_between(common.index, low, high, color=colour, alpha=0.18, linewidth=0)
     axes[0, 0].set(xlim=(0, max(1, end) * 1.02), ylim=(-20, 1020), yticks=range(0, 1001, 250))
@@ -172,6 +173,9 @@ def draw_curves(frame, names, statistic):
         Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=3, label=legend_label(frame, curve))
         for curve, (colour, line, marker) in styles.items()
     ]
+    of = {"mean": "mean", "iqm": "interquartile mean"}[statistic]
+    thick = {"color": "0.3", "linewidth": 1.2}
+    handles.append(Line2D([], [], label=f"{of} of the seeds, 95 % bootstrap interval", **thick))
     if set(tasks) & set(at_random.index):
         handles.append(Line2D([], [], label="uniformly random policy", **random_look))
     draw_legend(figure, handles, None if names in (["variant"], ["agent"]) else ", ".join(names))
@@ -187,12 +191,16 @@ def training_log(run):
 
 
 def draw_diagnostics(frame):
-    """Figure: two rows a task, each diagnostic over environment steps and, below, over the training return.
+    """Two rows a task, each diagnostic over environment steps and, below, over the training return.
+
+    Returns:
+        The figure, and the titles of the diagnostics that no run has logged, which it lacks.
 
     Raises:
         ConfigError: no run has logged any of them.
     """
-    runs = frame[~frame["state"].isin(["published", "missing"])].drop_duplicates("run")
+    ours = frame[frame["state"] != "published"]
+    runs = ours[ours["state"] != "missing"].drop_duplicates("run")
     logs = {run: training_log(run) for run in runs["run"]}
     names = [name for name in DIAGNOSTICS if any(log[name].notna().any() for log in logs.values())]
     if not names:
@@ -220,10 +228,10 @@ def draw_diagnostics(frame):
     handles = []
     for curve, (colour, _, _) in styles.items():
         words = in_words([(seed, "without them") for of, seed in silent if of == curve])
-        handles.append(Line2D([], [], color=colour, label=f"{curve} ({words})" if words else curve))
+        handles.append(Line2D([], [], color=colour, label=legend_label(ours, curve, words)))
     handles += [Line2D([], [], color="0.3", linestyle=line, label=f"seed {seed}") for seed, line in dashes.items()]
     draw_legend(figure, handles)
-    return figure
+    return figure, [title for name, title in DIAGNOSTICS.items() if name not in names]
 
 
 def cell(part, step):
@@ -364,8 +372,15 @@ def check_replaceable(path, inputs):
         raise ConfigError(f"--out: {path} is there and plot.py has not made it; name another")
 
 
-def check_args(args):
-    """Raise `ConfigError` for what cannot work."""
+def parse_command(argv):
+    """Command line -> Args; `ConfigError` for what cannot work."""
+    if "--table" in argv:
+        for word in argv[argv.index("--table") + 1 :]:
+            if word.startswith("--"):
+                break
+            if not word.lstrip("-").isdigit():
+                raise ConfigError(f"--table {word}: must be environment steps; folders stand before --table")
+    args = parse_flags(Args, argv)
     if not args.paths:
         raise ConfigError("names nothing to plot; name folders of runs or files of curves, as plot.py runs/omega")
     if args.table is not None and args.diagnostics:
@@ -376,12 +391,12 @@ def check_args(args):
         raise ConfigError(f"--out {args.out}: must end in a name, to which .png and so on are added")
     if negative := [step for step in args.table or () if step < 0]:
         raise ConfigError(f"--table {negative[0]}: must be environment steps")
+    return args
 
 
 def run():
     """Read, compute, and only then write; stdout says what the figure cannot, and where it is."""
-    args = parse_flags(Args)
-    check_args(args)
+    args = parse_command(sys.argv[1:])
     kind = "diagnostics" if args.diagnostics else "curves" if args.table is None else "table"
     first = pathlib.Path(args.paths[0])
     frame, names = with_curves(read_scores(args.paths), args.hue)
@@ -393,20 +408,23 @@ def run():
         check_replaceable(path, args.paths)
     if begun(frame).empty:
         raise ConfigError(f"{first}: no run has been evaluated yet")
+    lines = list(remarks(frame, names))
     if kind == "curves":
         files = {
             **as_pictures(draw_curves(frame, names, args.statistic)),
             ".csv": as_csv(frame[varied(frame) + EVALUATION]),
         }
     elif kind == "diagnostics":
-        files = as_pictures(draw_diagnostics(frame))
+        figure, absent = draw_diagnostics(frame)
+        files = as_pictures(figure)
+        lines += [f"no run has logged: {', '.join(absent)}"] * bool(absent)
     else:
         cells = table_cells(frame, args.table or [last_common_step(frame)])
         files = {".md": markdown(cells).encode(), ".csv": as_csv(cells)}
     for ending, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file, content=files[ending]: file.write(content))
-    print("\n".join([*remarks(frame, names), *map(str, paths.values())]), flush=True)
+    print("\n".join([*lines, *map(str, paths.values())]), flush=True)
 
 
 def main():

@@ -14,8 +14,8 @@ from rich.live import Live
 
 import signals
 from machine import available_cores
-from run_folder import DIVERGED, OUTPUT, is_written, load_status
-from standing import STATES, hours, in_words, last_line, look, lost_console, make_console, report
+from run_folder import DIVERGED, OUTPUT, is_written, last_line, load_status
+from standing import STATES, counted, hours, in_words, look, lost_console, make_console, report
 
 HOST = socket.gethostname()
 HERE = pathlib.Path(__file__).resolve().parent
@@ -79,6 +79,7 @@ class Processes:
         self._places = list(places(jobs))
         self._active = {}  # index of a place -> (run, process)
         self._deaths = collections.Counter()
+        self.watched = set()  # folders of the runs that were started here or are done elsewhere
         self.failed = []  # runs that were given up
 
     def step(self):
@@ -89,7 +90,11 @@ class Processes:
                 self._ended(run, process.returncode)
         free = [place for place in range(len(self._places)) if place not in self._active]
         if free and self._waiting:
-            elsewhere = [run for run in self._waiting if is_written(self._folder / run.folder)]
+            elsewhere = self._done_elsewhere()
+            for run in elsewhere:
+                if run.folder not in self.watched:
+                    self.watched.add(run.folder)
+                    self._say(f"{run.folder}: waiting for {self._who(run)}, which does this run already")
             # what a sweep has left behind that was killed takes its place still
             left = [run for run in elsewhere if load_status(self._folder / run.folder).get("host") == HOST]
             ready = [run for run in self._waiting if run not in elsewhere]
@@ -98,7 +103,16 @@ class Processes:
                 self._active[place] = (run, self._start(run, self._places[place]))
         return bool(self._active or self._waiting)
 
+    def _done_elsewhere(self):
+        """Runs that wait here and that another process is writing."""
+        return [run for run in self._waiting if is_written(self._folder / run.folder)]
+
+    def _who(self, run):
+        word = load_status(self._folder / run.folder)
+        return f"process {word['pid']} on {word['host']}" if word else "another process"
+
     def _start(self, run, environment):
+        self.watched.add(run.folder)
         path = self._folder / run.folder
         path.mkdir(parents=True, exist_ok=True)
         with open(path / OUTPUT, "ab") as output:
@@ -120,6 +134,7 @@ class Processes:
             self._say(f"{run.folder}: diverged: {look(path).note}")
         elif code == REFUSED and is_written(path):
             self._waiting.append(run)  # another sweep was faster
+            self.watched.discard(run.folder)
         else:
             self._deaths[run.folder] += 1
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -130,11 +145,13 @@ class Processes:
     def stop(self):
         """Tell every process to save its run and to end, and wait for that."""
         if self._active:
-            self._say(f"stopping: {len(self._active)} runs are being saved")
+            self._say(f"stopping: saving {counted(len(self._active), 'run')}")
         for _, process in self._active.values():
             process.terminate()
         for _, process in self._active.values():
             process.wait()
+        for run in self._done_elsewhere():
+            self._say(f"{run.folder}: goes on in {self._who(run)}, which this sweep has not started")
 
 
 def run_here(folder, runs, jobs, todo):
@@ -156,6 +173,8 @@ def run_here(folder, runs, jobs, todo):
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + REFRESH
                 for run in todo:
+                    if run.folder not in processes.watched or standings[run.folder].state in ("finished", "diverged"):
+                        continue  # which reads its logs for nothing
                     before, standings[run.folder] = standings[run.folder], look(folder / run.folder)
                     if not screen and (line := _news(before, standings[run.folder])):
                         say(f"{run.folder}: {line}")
@@ -189,5 +208,4 @@ def _news(before, now):
 
 def _by_state(standings):
     """What may not fit on a screen comes last."""
-    order = list(STATES)
-    return dict(sorted(standings.items(), key=lambda item: order.index(item[1].state)))
+    return dict(sorted(standings.items(), key=lambda item: STATES.index(item[1].state)))

@@ -30,6 +30,7 @@ from config import UNCHANGING, Config, ConfigError, check, complete, parse_flags
 DIVERGED = 3  # exit code
 CHECKPOINT = "checkpoint"  # the folder's name
 OUTPUT = "output.log"  # what a run of a sweep prints
+TOO_EARLY = "before it began"  # how the line ends of one that a signal has stopped then
 WORDS = 10  # seconds between two steps in run.json
 SILENCE = 1800  # seconds without a word after which a run on a file system without locks counts as dead
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -173,18 +174,30 @@ def find_runs(folder):
 
 
 def load_state(run):
-    """How the run in folder `run` stands: missing, running, killed, stopped, diverged or finished.
+    """How the run in folder `run` stands: missing, running, died, stopped, diverged or finished.
 
-    "killed": it says that it is running, but no process writes there. "stopped" by a signal or an error: run.json
-    tells. A run that has kept its logs alone is finished if it was evaluated at its end.
+    "died": it says that it is running but no process writes there, or its last words came before it began. "stopped" by
+    a signal or an error: run.json tells. A run that has kept its logs alone is finished if it was evaluated at its end.
     """
     run = pathlib.Path(run)
     if not (run / "args.json").exists():
-        return "missing"
+        said = last_line(run)
+        return "died" if said and not said.endswith(TOO_EARLY) else "missing"
     if word := load_status(run):
-        return word["state"] if word["state"] != "running" or is_written(run) else "killed"
+        return word["state"] if word["state"] != "running" or is_written(run) else "died"
     rows = load_rows(run, "eval.log")
     return "finished" if rows and rows[-1]["step"] >= load_args(run)["num_train_steps"] else "stopped"
+
+
+def last_line(run):
+    """The last line that the run of a sweep in folder `run` has printed, "" if there is none."""
+    try:
+        with open(pathlib.Path(run) / OUTPUT, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except FileNotFoundError:
+        return ""
+    return lines[-1] if lines else ""
 
 
 def is_written(run):

@@ -61,8 +61,8 @@ def _read_folder(folder):
     rows = []
     for run in runs:
         state = load_state(run)
-        missing = state == "missing"
-        args = dataclasses.asdict(complete(parse_flags(Config, planned[run]))) if missing else load_args(run)
+        has_begun = (run / "args.json").exists()
+        args = load_args(run) if has_begun else dataclasses.asdict(complete(parse_flags(Config, planned[run])))
         flags = {f.name: args.get(f.name, f.default) for f in dataclasses.fields(Config) if f.name in METHOD}
         task, place = f"{args['domain_name']}-{args['task_name']}", run.resolve()
         in_layout = place.name == f"s{args['seed']}" and place.parent.name == task
@@ -76,7 +76,7 @@ def _read_folder(folder):
             **{name: "none" if value is None else value for name, value in flags.items()},
             **_made_with(args),
         }
-        evaluations = [] if missing else load_rows(run, "eval.log")
+        evaluations = load_rows(run, "eval.log") if has_begun else []
         rows += [{**known, **{k: row[k] for k in ("step", "env_step", "episode_reward")}} for row in evaluations]
         rows += [] if evaluations else [known]
     return pd.DataFrame(rows)
@@ -154,8 +154,9 @@ def with_curves(frame, hue):
     for name in names:
         possible = ["variant", "agent", *METHOD]
         if name not in possible:
-            nearest = difflib.get_close_matches(name, possible, n=1, cutoff=0)[0]
-            raise ConfigError(f"--hue {name}: not variant, agent or a flag of the method; the nearest is {nearest}")
+            near = difflib.get_close_matches(name, possible, n=1, cutoff=0.5)
+            nearest = f"; the nearest is {near[0]}" if near else ""
+            raise ConfigError(f"--hue {name}: not variant, agent or a flag of the method{nearest}")
         if name not in frame or ours[name].isna().any():
             right = "not all runs lie in <variant>/<task>/s<seed>" if name == "variant" else "not known of all runs"
             raise ConfigError(f"--hue {name}: {right}")
@@ -167,7 +168,7 @@ def with_curves(frame, hue):
     for (curve, task, seed), part in frame.groupby(["curve", "task", "seed"], sort=False):
         if part["run"].nunique() > 1 or part["env_step"].duplicated().any():
             two = " and ".join(part["run"].unique()[:2])
-            raise ConfigError(f"--hue {','.join(names)}: not one run alone is seed {seed} of {curve} on {task}: {two}")
+            raise ConfigError(f"--hue {','.join(names)}: does not tell seed {seed} of {curve} on {task} apart: {two}")
     return frame, names
 
 
@@ -225,6 +226,12 @@ def remarks(frame, names):
             if len(values) > 1:
                 shown = ", ".join(str(value)[:12] for value in sorted(values, key=str))
                 yield f"{where}: its runs differ in {name.removeprefix('made_with ')}: {shown}"
+    for name in [name for name in frame if name.startswith("made_with ")]:
+        known = frame.dropna(subset=name).groupby("curve", sort=False)[name]
+        values = known.agg(lambda made: sorted(set().union(*made)))
+        if values.map(tuple).nunique() > 1:
+            shown = (f"{curve} {', '.join(str(value)[:12] for value in made)}" for curve, made in values.items())
+            yield f"curves differ in {name.removeprefix('made_with ')}: {'; '.join(shown)}"
     flags = [name for name in ("task", "agent", *METHOD) if name in frame and name not in BUDGET]
     ours = frame[frame["state"] != "published"]
     for _, part in ours.groupby(flags, sort=False, dropna=False):

@@ -43,7 +43,7 @@ def submit(script):
     """
     done = _run("sbatch", "--parsable", input=script)
     if done.returncode:
-        raise ConfigError(f"--slurm: {' '.join(done.stderr.split()) or 'sbatch fails without a word'}")
+        raise _refused(done)
     return done.stdout.strip().split(";")[0]
 
 
@@ -55,11 +55,20 @@ def waiting_or_running(job):
     """
     done = _run("squeue", "--noheader", "--array", "--jobs", job, "--format=%K")
     if done.returncode and "Invalid job id" not in done.stderr:  # which it says of one that is long over
-        raise ConfigError(f"--slurm: {' '.join(done.stderr.split()) or 'squeue fails without a word'}")
+        raise _refused(done)
     return [int(word) for word in done.stdout.split()]
+
+
+def _refused(done):
+    """`ConfigError` with what a command has said on stderr, its last line first: it has the reason."""
+    lines = [" ".join(line.split()) for line in reversed(done.stderr.splitlines()) if line.strip()]
+    return ConfigError(f"--slurm: {'; '.join(lines) or f'{done.args[0]} fails without a word'}")
 
 
 def _run(*words, input=None):
     """A command of Slurm, without what an enclosing job has set."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
-    return subprocess.run(words, input=input, capture_output=True, text=True, env=environment)
+    try:
+        return subprocess.run(words, input=input, capture_output=True, text=True, env=environment)
+    except FileNotFoundError:
+        raise ConfigError(f"--slurm: there is no {words[0]} here, and this sweep was submitted before") from None

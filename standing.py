@@ -11,23 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from run_folder import OUTPUT, load_args, load_rows, load_state, load_status
+from run_folder import last_line, load_args, load_rows, load_state, load_status
 
-# of run_folder.load_state -> what a person reads
-STATES = {
-    "running": "running",
-    "killed": "died",
-    "stopped": "stopped",
-    "diverged": "diverged",
-    "missing": "waiting",
-    "finished": "finished",
-}
+STATES = ["running", "died", "stopped", "diverged", "waiting", "finished"]  # as a person reads them, in this order
 
 
 class Standing(NamedTuple):
     """How a run stands, from its folder alone."""
 
-    state: str  # see run_folder.load_state
+    state: str  # in STATES
     step: int  # decisions so far
     total: int | None  # decisions in all
     last_return: float | None  # of the last evaluation
@@ -38,8 +30,8 @@ class Standing(NamedTuple):
 def look(run):
     """`Standing` of the run in folder `run`."""
     state, word = load_state(run), load_status(run)
-    if state == "missing":
-        return Standing(state, 0, None, None, None, last_line(run))
+    if not (run / "args.json").exists():
+        return Standing("died" if state == "died" else "waiting", 0, None, None, None, last_line(run))
     evaluations, episodes = load_rows(run, "eval.log"), load_rows(run, "train.log")
     args = load_args(run)
     step = max(word.get("step", 0), evaluations[-1]["step"] if evaluations else 0)
@@ -51,27 +43,16 @@ def look(run):
     note = ""
     if state in ("stopped", "diverged"):
         note = word.get("message", "").split(": stopped: ")[-1]
-    elif state == "killed":
+    elif state == "died":
         note = last_line(run)
     last = evaluations[-1]["episode_reward"] if evaluations else None
     return Standing(state, step, args["num_train_steps"], last, seconds, note)
 
 
-def last_line(run):
-    """The last line that a run has printed, "" if there is none."""
-    try:
-        with open(run / OUTPUT, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().decode(errors="replace").strip().splitlines()
-    except FileNotFoundError:
-        return ""
-    return lines[-1] if lines else ""
-
-
 def report(standings):
     """{name: Standing} for a person: a table, last words, and how many runs are in which state."""
     rows = [
-        (name, STATES[s.state], f"{s.step:,} of {s.total:,}" if s.total else "", in_words(s), hours(s.seconds))
+        (name, s.state, f"{s.step:,} of {s.total:,}" if s.total else "", in_words(s), hours(s.seconds))
         for name, s in standings.items()
     ]
     titles = ("run", "state", "step", "return", "left")
@@ -85,7 +66,7 @@ def report(standings):
     for row in rows:
         table.add_row(*map(escape, row))
     notes = [Text(f"{name}: {s.note}") for name, s in standings.items() if s.note]
-    counts = collections.Counter(STATES[s.state] for s in standings.values())
+    counts = collections.Counter(s.state for s in standings.values())
     return Group(table, *notes, Text(", ".join(f"{count} {state}" for state, count in counts.items())))
 
 
@@ -113,6 +94,11 @@ def lost_console():
 def in_words(standing):
     """The last return, "" if there is none."""
     return "" if standing.last_return is None else f"{standing.last_return:.0f}"
+
+
+def counted(number, noun):
+    """1, "run" -> "1 run"; 2, "run" -> "2 runs"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def hours(seconds):

@@ -31,7 +31,7 @@ import slurm
 from config import UNCHANGING, Config, ConfigError, exit_with, leave, parse, parse_flags, show
 from processes import HERE, Run, command, run_here
 from run_folder import Over, check_writable, find_runs, load_sweep, parse_run, write_json
-from standing import look, make_console, report
+from standing import counted, look, make_console, report
 
 UNNAMED = {"domain_name", "task_name", "seed"}  # have folders of their own
 SLURM = ("slurm", "slurm_script", "runs_per_job")
@@ -68,15 +68,15 @@ class Args:
     runs_per_job: int = 1
     """Runs in one element of the array, one after the other."""
     dry_run: bool = False
-    """Print the commands, or the batch script, and create nothing."""
+    """Print the commands, with --slurm the batch script before them, and create nothing."""
     status: str | None = None
     """Print how the runs in this folder stand."""
     resume: str | None = None
     """Go on with the sweep in this folder."""
     array: int | None = None
-    """With --resume: only runs of this job array, the first that the sweep has submitted is 0,"""
+    """For the batch script: with --resume, only runs of this job array; the first that the sweep has submitted is 0."""
     element: int | None = None
-    """and of them only those of this element."""
+    """For the batch script: of that array's runs, only those of this element."""
 
 
 def parse_command(argv):
@@ -85,6 +85,11 @@ def parse_command(argv):
     if "--slurm" in own[:-1]:  # its value may look like a flag
         at = own.index("--slurm")
         own[at : at + 2] = [f"--slurm={own[at + 1]}"]
+    known, of_runs = ({field.name for field in dataclasses.fields(cls)} for cls in (Args, Config))
+    for word in own:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
+        if word.startswith("--") and name in (of_runs | {"task"}) - known:
+            raise ConfigError(f"{word.partition('=')[0]}: a flag of train.py; those stand behind a --")
     args = parse_flags(Args, own)
     if [getattr(args, how) for how in HOW].count(None) != 2:
         raise ConfigError("needs one of --name, --resume and --status")
@@ -296,43 +301,52 @@ def differing(points):
 
 
 def submit(folder, runs, args):
-    """Submit those of `runs` that are neither over nor in the queue; with --dry_run print the batch script."""
+    """Submit those of `runs` that are neither over nor in the queue; with --dry_run print what would be submitted."""
     if args.dry_run:
         script, elements = batch(folder, runs, load_sweep(folder)["jobs"], args)
-        print(script if elements else f"{folder}: nothing to submit")
+        if elements:
+            print(script)
+        for i, element in enumerate(elements):
+            print(f"# element {i}", *(shlex.join(command(folder, run)) for run in element), sep="\n")
+        count = sum(map(len, elements))
+        print(f"{in_elements(elements)} to submit, {len(runs) - count} over or in the queue")
         return
     slurm.check()
     batch(folder, runs, [], args)  # what is wrong with the script is found before anything is made
+    is_new = not folder.exists()
     with locked(folder):
         before = load_sweep(folder)
         everything, jobs = merge(folder, runs), before["jobs"]
         script, elements = batch(folder, runs, jobs, args)
+        names = [[run.folder for run in element] for element in elements]
         if elements:
-            store(folder, everything, [*jobs, {"id": None, "elements": elements}])  # an element may start at once
+            store(folder, everything, [*jobs, {"id": None, "elements": names}])  # an element may start at once
             (folder / "slurm").mkdir(exist_ok=True)  # Slurm makes no folder
             try:
-                jobs = [*jobs, {"id": slurm.submit(script), "elements": elements}]
+                jobs = [*jobs, {"id": slurm.submit(script), "elements": names}]
             except ConfigError:
-                if before["runs"]:
-                    store(folder, load_runs(folder), jobs)
-                else:
+                if is_new and not before["runs"]:  # which another command may have put there meanwhile
                     shutil.rmtree(folder)
+                else:
+                    store(folder, [Run(**run) for run in before["runs"]], jobs)
                 raise
         store(folder, everything, jobs)
     if elements:
-        count = sum(map(len, elements))
-        print(
-            f"job {jobs[-1]['id']}: {count} runs in {len(elements)} elements; sweep.py --status {folder} follows them"
-        )
+        print(f"job {jobs[-1]['id']}: {in_elements(elements)}; sweep.py --status {folder} follows them")
     else:
         print(f"{folder}: nothing to submit")
 
 
+def in_elements(elements):
+    """How many runs are in how many elements, in words."""
+    return f"{counted(sum(map(len, elements)), 'run')} in {counted(len(elements), 'element')}"
+
+
 def batch(folder, runs, jobs, args):
-    """The batch script for what is to be done of `runs`, and its elements, each a list of folders."""
+    """The batch script for what is to be done of `runs`, and its elements, each a list of runs."""
     submitted = [job for job in jobs if job["id"]]  # None: a sweep that was killed in that moment
     queued = {name for job in submitted for i in slurm.waiting_or_running(job["id"]) for name in job["elements"][i]}
-    todo = [run.folder for run in runs if run.folder not in queued and not is_over(folder, run)]
+    todo = [run for run in runs if run.folder not in queued and not is_over(folder, run)]
     elements = [todo[i : i + args.runs_per_job] for i in range(0, len(todo), args.runs_per_job)]
     script = slurm.fill(
         args.slurm_script,
@@ -356,6 +370,8 @@ def main():
             print_status(pathlib.Path(args.status))
             return
         folder = pathlib.Path(args.resume or pathlib.Path(args.work_dir) / args.name)
+        if args.resume is None and not (folder / "sweep.json").exists() and any(folder.rglob("args.json")):
+            raise ConfigError(f"--name {args.name}: {folder} holds runs that are of no sweep; choose another")
         runs = plan(args, flags, folder) if args.resume is None else resumed(folder, args)
         merge(folder, runs)  # contradictions are found before anything is made
         if args.slurm is not None:
@@ -365,14 +381,14 @@ def main():
         if args.dry_run:
             for run in todo:
                 print(shlex.join(command(folder, run)))
-            print(f"{len(todo)} runs, {len(runs) - len(todo)} more are over")
+            print(f"{counted(len(todo), 'run')} to do, {len(runs) - len(todo)} over")
         else:
             if args.resume is None:
                 with locked(folder):
                     store(folder, merge(folder, runs), load_sweep(folder)["jobs"])
             sys.exit(run_here(folder, runs, args.jobs or 1, todo))
     except signals.Stopped as stop:
-        leave(f"sweep.py: stopped before it began: {stop}", stop.code)
+        leave(f"sweep.py: stopped by {stop} before it began", stop.code)
     except (ConfigError, dmc2gym.EnvError) as error:
         exit_with(error)
     except OSError as error:
@@ -384,7 +400,13 @@ def print_status(folder):
     runs = find_runs(folder)
     if not runs:
         raise ConfigError(f"--status {folder}: holds no runs")
-    make_console().print(report({str(run.relative_to(folder)): look(run) for run in runs}))
+    standings, unreadable = {}, []
+    for run in runs:
+        try:
+            standings[str(run.relative_to(folder))] = look(run)
+        except ConfigError as error:
+            unreadable.append(str(error))
+    make_console().print(report(standings), *unreadable, sep="\n")
 
 
 def resumed(folder, args):

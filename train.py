@@ -30,7 +30,7 @@ from evaluate import check_machine, choose_device, eval_seed, evaluate, summary
 from logger import Logger, prepare_console
 from machine import keep_freed_memory
 from replay_buffer import ReplayBuffer
-from run_folder import CHECKPOINT, DIVERGED, Over, RunFolder, parse_run
+from run_folder import CHECKPOINT, DIVERGED, TOO_EARLY, Over, RunFolder, parse_run
 from utils import GlobalRandomness, bf16_time_ratio, limit_threads, provenance, seed_everything
 from video import save_video
 
@@ -215,7 +215,7 @@ def main():
     except Over as over:
         leave(str(over), over.code)
     except signals.Stopped as stop:
-        leave(f"train.py: stopped before it began: {stop}", stop.code)
+        leave(f"train.py: stopped by {stop} {TOO_EARLY}", stop.code)
     except (WorkerDeath, OSError) as error:  # a full disk; no fault of the flags
         leave(f"train.py: stopped before it began: {error}", 1)
     except (ConfigError, dmc2gym.EnvError, MemoryError) as error:

@@ -34,7 +34,7 @@ def make_run(folder, flags="", returns=(), state="finished", **made_with):
         for step, value in zip(steps, returns, strict=True)
     ]
     (folder / "eval.log").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    word = {"state": "running" if state == "killed" else state, "step": 1, "num_train_steps": 12500}
+    word = {"state": "running" if state == "died" else state, "step": 1, "num_train_steps": 12500}
     (folder / "run.json").write_text(json.dumps({**word, "host": "elsewhere", "pid": 1}))
 
 
@@ -112,6 +112,7 @@ def test_the_thick_line_is_the_mean_and_ends_with_its_shortest_run(sweep):
     assert labels_of(figure) == [
         "cody (n = 3)",
         "sac (n = 2; seed 2 diverged at 40,000; seed 3 missing)",
+        "mean of the seeds, 95 % bootstrap interval",
         "uniformly random policy",
     ]
     (band, _) = [collection.get_paths()[0].vertices for collection in figure.axes[0].collections]
@@ -120,7 +121,7 @@ def test_the_thick_line_is_the_mean_and_ends_with_its_shortest_run(sweep):
     assert {ends.min(), ends.max()} == {*scores.interval(last, "mean")}
 
 
-@pytest.mark.parametrize("state", ["stopped", "killed"])
+@pytest.mark.parametrize("state", ["stopped", "died"])
 def test_a_run_that_has_not_finished_is_named(tmp_path, call, state):
     make_run(tmp_path / "runs/v/cartpole-swingup/s1", "--seed 1", noisy(1))
     make_run(tmp_path / "runs/v/cartpole-swingup/s2", "--seed 2", noisy(2)[:4], state)
@@ -155,7 +156,7 @@ def test_many_tasks_have_panels_and_short_labels(tmp_path):
 def test_kills_change_no_byte_of_the_csv(tmp_path, call):
     whole, cut = tmp_path / "whole/v/cartpole-swingup/s1", tmp_path / "cut/v/cartpole-swingup/s1"
     make_run(whole, "", noisy(1))
-    make_run(cut, "", noisy(1)[:6], "killed")
+    make_run(cut, "", noisy(1)[:6], "died")
     call("plot.py", f"{tmp_path}/cut")
     before = (tmp_path / "cut/curves.csv").read_bytes()
     with open(cut / "eval.log", "w") as log:  # as train.py goes on
@@ -347,7 +348,7 @@ def test_hue(tmp_path):
     ]
     figure = plot.draw_curves(frame, names, "mean")
     assert figure.legends[0].get_title().get_text() == "batch_size, omega_cody_loss"
-    with pytest.raises(ConfigError, match="--hue batch_size: not one run alone is seed 1 of 64 on cartpole-swingup"):
+    with pytest.raises(ConfigError, match="--hue batch_size: does not tell seed 1 of 64 on cartpole-swingup apart: "):
         frame_of(tmp_path, hue="batch_size")
 
 
@@ -365,6 +366,9 @@ def test_what_differs_inside_a_curve_is_said(tmp_path, call):
     ):
         assert lines.count(f"v on cartpole-swingup: {line}") == 1
     assert not any("numpy" in line for line in lines)
+    make_run(tmp_path / "w/cartpole-swingup/s1", "--seed 1", noisy(1))
+    said = call("plot.py", f"{tmp_path}").stdout
+    assert "curves differ in torch: v 2.12.0, 2.13.0; w 2.13.0\n" in said and "curves differ in numpy" not in said
 
 
 def test_uneven_evaluations_are_named(tmp_path):
@@ -394,17 +398,24 @@ def test_diagnostics(tmp_path, call):
             log = "".join(json.dumps(row) + "\n" for row in rows)
             (tmp_path / f"{variant}/cartpole-swingup/s{seed}/train.log").write_text(log + '{"step": 99')
     make_run(tmp_path / "sac/cartpole-swingup/s1", "--agent sac", noisy(1))
+    planned = [{"folder": f"cody/cartpole-swingup/s{seed}", "flags": ["--seed", str(seed)]} for seed in (1, 2, 3)]
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": planned}))
     result = call("plot.py", f"{tmp_path} --diagnostics")
     assert result.returncode == 0 and (tmp_path / "diagnostics.pdf").exists(), result.stderr
     frame, _ = frame_of(tmp_path)
-    figure = plot.draw_diagnostics(frame)
+    assert "no run has logged: latent rank\n" in result.stdout
+    figure, absent = plot.draw_diagnostics(frame)
+    assert absent == ["latent rank"]
     top, bottom = figure.axes[:3], figure.axes[3:]
     assert [axis.get_title() for axis in top] == ["MI bound (nats)", "KL (nats)", "gradient ratio"]  # no rank anywhere
     assert [len(axis.lines) for axis in figure.axes] == [5] * 6 and bottom[0].get_xlabel() == "training return"
     steps, bound = top[0].lines[0].get_xdata(), top[0].lines[0].get_ydata()
     assert steps[0] == 2000 and steps[-1] == 29_000
     assert bound[-1] == pytest.approx(statistics.mean(i / 10 for i in range(20, 30)))
-    assert set(labels_of(figure)) == {"joint", "cody", "sac (seed 1 without them)", "seed 1", "seed 2"}
+    assert set(labels_of(figure)) == {
+        *("joint (n = 2)", "cody (n = 2; seed 3 missing)", "sac (n = 1; seed 1 without them)"),
+        *("seed 1", "seed 2"),
+    }
 
 
 def test_the_runs_of_this_repository(tmp_path, call):
@@ -456,8 +467,8 @@ def test_imports_without_torch():
         ),
         ("{sweep} --hue seed", "--hue seed: not variant, agent or a flag of the method"),
         ("{plain} --hue variant", "--hue variant: not all runs lie in <variant>/<task>/s<seed>"),
-        ("{sweep} --hue kl_prior", "--hue kl_prior: not one run alone is seed 1 of learned on cartpole-swingup: "),
-        ("{sweep} {sweep}/cody", "--hue variant: not one run alone is seed 1 of cody on cartpole-swingup: "),
+        ("{sweep} --hue kl_prior", "--hue kl_prior: does not tell seed 1 of learned on cartpole-swingup apart: "),
+        ("{sweep} {sweep}/cody", "--hue variant: does not tell seed 1 of cody on cartpole-swingup apart: "),
         (
             "{sweep} --statistic median",
             "invalid choice 'median' for argument '--statistic'. Expected one of ('mean', 'iqm')",
@@ -466,8 +477,8 @@ def test_imports_without_torch():
         ("{sweep} --diagnostics --table", "--diagnostics: not together with --table"),
         ("{sweep} --table -5", "--table -5: must be environment steps"),
         ("{sweep} --out {tmp}/figures/", "--out {tmp}/figures/: must end in a name, to which .png and so on are added"),
-        ("{sweep} --table 1e5", "--table 1e5: must be whole numbers"),
-        ("--table 100000 runs/a", "--table 100000 runs/a: must be whole numbers"),
+        ("{sweep} --table 1e5", "--table 1e5: must be environment steps; folders stand before --table"),
+        ("--table 100000 runs/a", "--table runs/a: must be environment steps; folders stand before --table"),
         (
             "{sweep} --diagnostics",
             "--diagnostics: no train.log here has any of them; runs of --agent cody_sac log them",

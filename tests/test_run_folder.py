@@ -193,14 +193,14 @@ def test_how_a_run_stands(begun, tmp_path):
     shutil.copytree(begun / "kept", folder)
     assert load_state(folder) == "finished"
     word = load_status(folder)
-    for state, seen in (("stopped", "stopped"), ("diverged", "diverged"), ("running", "killed")):
+    for state, seen in (("stopped", "stopped"), ("diverged", "diverged"), ("running", "died")):
         (folder / "run.json").write_text(json.dumps({**word, "state": state}))
         assert load_state(folder) == seen
     process = holder(folder)
     assert is_written(folder) and load_state(folder) == "running"
     process.kill()
     process.wait()
-    assert not is_written(folder) and load_state(folder) == "killed"
+    assert not is_written(folder) and load_state(folder) == "died"
     (folder / "run.json").unlink()  # a run that has kept its logs alone
     assert load_state(folder) == "finished"
     (folder / "eval.log").write_text((folder / "eval.log").read_text().splitlines(keepends=True)[0])

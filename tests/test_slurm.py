@@ -106,7 +106,7 @@ def test_interrupted_in_every_way(tmp_path, one, here):
     settle(one, runs, ["finished", "finished", "stopped", "finished"])  # cancelled is cancelled
 
     again, said = submit(tmp_path, one)
-    assert f"job {again}: 1 runs in 1 elements" in said
+    assert f"job {again}: 1 run in 1 element" in said
     settle(one, runs, ["finished"] * 4)
     assert result(folder) == here
     assert sum("continued" in (run / "args.json").read_text() for run in runs) >= 3

@@ -135,7 +135,7 @@ def test_commas_make_a_grid(here, call):
         "--name a --dry_run -- --omega_cody_loss 0.1,0.01 --task cartpole-swingup,walker-walk --seed=0,1 --save_video"
     )
     result = call("sweep.py", words)
-    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "8 runs, 0 more are over"
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "8 runs to do, 0 over"
     assert sorted(folder for _, folder in commands(result)) == sorted(
         f"runs/a/omega_cody_loss={omega}/{task}/s{seed}"
         for omega in ("0.1", "0.01")
@@ -195,7 +195,7 @@ def test_shipped_variants(here, call, file):
         assert result.returncode == 2 and result.stderr.startswith("sweep.py: error: --update_mode joint: ")
         assert result.stderr.endswith(" (in variant state)\n")
         result = call("sweep.py", f"--name a --dry_run --variants {ROOT / 'sweeps' / file}")
-    assert result.stdout.splitlines()[-1] == f"{len(lines)} runs, 0 more are over"
+    assert result.stdout.splitlines()[-1] == f"{len(lines)} runs to do, 0 over"
 
 
 @pytest.mark.parametrize(
@@ -208,6 +208,10 @@ def test_shipped_variants(here, call, file):
         ("--resume b --variant x:", "--variant: has no effect with --resume"),
         ("--name a --runs_per_job 2", "--runs_per_job, --slurm_script: have no effect without --slurm"),
         ("--resume b --array 1", "--array, --element: only together"),
+        ("--name a --seed 0,1", "--seed: a flag of train.py; those stand behind a --"),
+        ("--name a --dry_run --no-save-tb", "--no-save-tb: a flag of train.py; those stand behind a --"),
+        ("--name a --task=walker-walk", "--task: a flag of train.py; those stand behind a --"),
+        ("--name a --everything", "unrecognized flag --everything; --help lists them"),
         ("--name a --job 2", "unrecognized flag --job; the nearest is --jobs"),
         ("--name a --jobs 0", "--jobs 0: must be at least 1"),
         ("--name a/b", "--name a/b: must be a single folder's name"),
@@ -354,7 +358,7 @@ def test_a_stopped_sweep_goes_on(here, start, sent, code):
     said = process.communicate(timeout=30)[0].splitlines()
     assert process.returncode == code
     assert [load_state(run) for run in find_runs(here)] == ["stopped", "stopped", "missing", "missing"]
-    assert "stopping: 2 runs are being saved" in said and said[-1] == "2 stopped, 2 waiting"
+    assert "stopping: saving 2 runs" in said and said[-1] == "2 stopped, 2 waiting"
 
     process = start("--resume", "runs/a", "--jobs", "4")
     until(lambda: [load_state(run) for run in find_runs(here)] == ["running", "running", "finished", "finished"])
@@ -370,8 +374,15 @@ def test_runs_that_a_killed_sweep_has_left_behind(here, start):
     until(lambda: load_state(first) == "running")
     process.kill()
     process.wait()
+    stopped = start(*command)
     process = start(*command)
     time.sleep(3)
+    stopped.send_signal(signal.SIGTERM)
+    pid = load_status(first)["pid"]
+    who = f"cody_sac/cartpole-swingup/s5: {{}} process {pid} on {socket.gethostname()}, which {{}}\n"
+    said = stopped.communicate(timeout=30)[0]
+    assert who.format("waiting for", "does this run already") in said
+    assert who.format("goes on in", "this sweep has not started") in said
     assert load_state(here / "cody_sac/cartpole-swingup/s0") == "missing" and load_state(first) == "running"
     assert (first / "times").read_text().count("\n") == 1
     os.kill(load_status(first)["pid"], signal.SIGTERM)
@@ -395,6 +406,52 @@ def test_on_a_terminal_the_table_is_drawn_live(here, start):
     text = shown.decode()
     assert text.count("cody_sac/cartpole-swingup/s7") >= 2 and "running" in text and "\x1b[" in text
     assert "1 finished" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "script, state, word",
+    [
+        ("raise ImportError('libcudart is missing')", "died", "ImportError: libcudart is missing"),
+        ("import sys; sys.exit('train.py: stopped by SIGTERM before it began')", "missing", "waiting"),
+    ],
+)
+def test_a_run_that_ends_before_it_begins(here, call, script, state, word):
+    """It has no args.json; what it has printed tells that it will not begin by itself."""
+    (here.parent.parent / "code" / "train.py").write_text(script)
+    assert call("sweep.py", "--name a -- --seed 0").returncode == 1
+    result = call("sweep.py", f"--status {here}")
+    assert [load_state(run) for run in find_runs(here)] == [state]
+    assert word in result.stdout and result.stdout.endswith(f"1 {standing.look(find_runs(here)[0]).state}\n")
+
+
+def test_only_runs_that_change_are_read(here, call, monkeypatch):
+    """Logs of many finished runs, read every two seconds, would keep a core busy."""
+    assert call("sweep.py", "--name a -- --seed 20,21,22").returncode == 0
+    looks, look = [], standing.look
+    monkeypatch.setattr(processes, "look", lambda run: looks.append(run.name) or look(run))
+    monkeypatch.setattr(processes, "REFRESH", 0)
+    assert call("sweep.py", "--name a -- --seed 20,21,22,7,6").returncode == 0
+    assert {looks.count(f"s{seed}") for seed in (20, 21, 22)} == {2} and looks.count("s7") > 10
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other(here, call):
+    call("sweep.py", "--name a -- --seed 20,21")
+    (here / "cody_sac/cartpole-swingup/s20/args.json").write_text("")
+    result = call("sweep.py", f"--status {here}")
+    assert result.returncode == 0 and "s21  finished" in result.stdout
+    assert "/s20: not the folder of a run (args.json: " in result.stdout
+
+
+def test_runs_of_no_sweep_are_left_alone(here, call, cluster):
+    """train.py's own runs may lie where a sweep of that name would."""
+    own = here / "cody_sac-20260101-000000-s1"
+    own.mkdir(parents=True)
+    (own / "args.json").write_text("{}")
+    for words in ("--name a", "--name a --slurm --time=1"):
+        result = call("sweep.py", f"{words} -- --seed 0")
+        assert result.returncode == 2
+        assert result.stderr == "sweep.py: error: --name a: runs/a holds runs that are of no sweep; choose another\n"
+    assert list(here.parent.rglob("*")) == [here, own, own / "args.json"]
 
 
 def test_status_needs_the_folders_alone(here, call):
@@ -441,7 +498,10 @@ def test_the_batch_script(here, call, cluster, monkeypatch):
     done = slurm(call, "--jobs 4 -- --seed 0,1,2")
     assert done.returncode == 0 and done.stdout.startswith("job 17: 3 runs in 3 elements")
     script = (cluster / "script").read_text()
-    assert script == dry.stdout.removesuffix("\n")
+    assert dry.stdout.startswith(script)
+    commands_of, count = dry.stdout.removeprefix(script).strip().rsplit("\n", 1)
+    assert commands_of.count("train.py ") == 3 and commands_of.splitlines()[4:5] == ["# element 2"]
+    assert count == "3 runs in 3 elements to submit, 0 over or in the queue"
     assert not re.search("@[A-Z_]+@", script)
     for line in (
         '--job-name="a"',
@@ -561,6 +621,30 @@ def test_a_cluster_that_refuses(here, call, cluster):
     result = slurm(call, "-- --seed 0")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     assert "Invalid job array specification" in result.stderr and not here.exists()
+
+    here.mkdir(parents=True)  # what was there stays
+    (here / "notes").write_text("mine")
+    assert slurm(call, "-- --seed 0").returncode == 2
+    assert (here / "notes").read_text() == "mine" and names(here) == []
+    assert call("sweep.py", "--name a -- --seed 0").returncode == 0
+    result = slurm(call, "-- --seed 0,1")
+    assert result.returncode == 2 and names(here) == ["cody_sac/cartpole-swingup/s0"]  # none that was not submitted
+
+
+def test_the_reason_comes_first(here, call, cluster):
+    """What sbatch says may be long, and a line is cut."""
+    (cluster / "sbatch").write_text("#!/bin/sh\nprintf 'sbatch: error: x\nsbatch: error: the reason\n' >&2\nexit 1\n")
+    result = slurm(call, "-- --seed 0")
+    assert result.stderr == "sweep.py: error: --slurm: sbatch: error: the reason; sbatch: error: x\n"
+
+
+def test_a_copy_of_a_sweep_that_was_submitted_elsewhere(here, call, cluster, monkeypatch):
+    slurm(call, "-- --seed 0")
+    (cluster / "squeue").unlink()
+    monkeypatch.setenv("PATH", str(cluster))
+    result = slurm(call, "--dry_run -- --seed 0")
+    assert result.returncode == 2
+    assert result.stderr == ("sweep.py: error: --slurm: there is no squeue here, and this sweep was submitted before\n")
 
 
 # --- real runs
