@@ -301,6 +301,8 @@ def _ranges(c: Config):
     clip = c.cody_max_grad_norm
     yield clip is None or clip >= FLOAT32_MIN, "cody_max_grad_norm", "must be positive in float32"
     yield c.cody_warmup_updates >= 0, "cody_warmup_updates", "must not be negative"
+    for flag in ("target_augmentations", "critic_augmentations"):
+        yield getattr(c, flag) <= 100, flag, "must be at most 100"
     yield c.divergence_factor > 1, "divergence_factor", "must be above 1"
     yield 0 <= c.seed < 2**32, "seed", "must be -1 (drawn for you) or in [0, 2^32)"
     below = f"must be below the {EPISODE_LENGTH} steps of an episode, so that it has two decisions or more"

@@ -196,7 +196,7 @@ class SAC(nn.Module):
 
         Args:
             batch: what `augment` returned.
-            index: counts the updates.
+            index: of the update; the first of a run is init_steps * updates_per_step, as in the released code.
             detailed: also compute the metrics that cost something.
 
         Returns:
@@ -237,7 +237,7 @@ class SAC(nn.Module):
             metrics["auxiliary_grad_norm"] = self._backward(loss, self.auxiliary_optimizer)
             norm = metrics["auxiliary_encoder_grad_norm"] = grad_norm(self._encoder_parameters)
             metrics["encoder_grad_ratio"] = norm / critic_norm
-            self._auxiliary_step(index)
+            self._auxiliary_step(index, metrics["auxiliary_grad_norm"])
         return metrics
 
     def _joint(self, batch, first, index, detailed):
@@ -263,7 +263,7 @@ class SAC(nn.Module):
             metrics.update(auxiliary_metrics)
             metrics["auxiliary_grad_norm"] = self._backward(loss, self.auxiliary_optimizer, leaves[1])
             metrics["latent_grad_ratio"] = leaves[1].grad.norm() / leaves[0].grad.norm()
-            self._auxiliary_step(index, leaves[1])
+            self._auxiliary_step(index, metrics["auxiliary_grad_norm"], leaves[1])
 
         self.encoder_optimizer.zero_grad()
         torch.autograd.backward(latents, [leaf.grad for leaf in leaves], inputs=self._encoder_parameters)
@@ -328,18 +328,21 @@ class SAC(nn.Module):
             "alpha_grad_norm": alpha_norm,
         }
 
-    def _auxiliary_step(self, index, *leaves):
+    def _auxiliary_step(self, index, norm, *leaves):
         """Step the auxiliary task's optimizer, with what --cody_max_grad_norm and --cody_warmup_updates make of it.
 
-        The clip is of the norm over all gradients of the task's loss. The warm-up multiplies the rates, and the
-        gradients of the `leaves`, which go on to an optimizer that is not the task's own.
+        The clip is of the norm over all gradients of the task's loss: `norm` of the optimizer's own parameters, and
+        those of the `leaves`, which go on to an optimizer that is not the task's own. The warm-up multiplies the rates,
+        and the gradients of the leaves.
         """
         groups, c = self.auxiliary_optimizer.param_groups, self.config
         if c.cody_max_grad_norm is not None:
             parameters = [p for group in groups for p in group["params"]]
-            nn.utils.clip_grad_norm_([*parameters, *leaves], c.cody_max_grad_norm)
+            total = nn.utils.get_total_norm([norm, *(leaf.grad for leaf in leaves)])
+            nn.utils.clip_grads_with_norm_([*parameters, *leaves], c.cody_max_grad_norm, total)
         if c.cody_warmup_updates:
-            share = min(1.0, (index + 1) / c.cody_warmup_updates)
+            done = index - c.init_steps * c.updates_per_step  # updates before this one
+            share = min(1.0, (done + 1) / c.cody_warmup_updates)
             for group, rate in zip(groups, self._auxiliary_rates, strict=True):
                 group["lr"] = share * rate
             for leaf in leaves:

@@ -118,7 +118,9 @@ def assert_same(ours, theirs):
 
 VARIANTS = {
     "cody": FLAGS,
-    "joint": FLAGS + " --update_mode joint --replay_storage lz4 --cody_warmup_updates 9 --save_tb",
+    "joint": FLAGS
+    + " --update_mode joint --replay_storage lz4 --save_tb --cody_warmup_updates 14 --cody_max_grad_norm 1"
+    + " --target_augmentations 2 --critic_augmentations 2",
     "published": FLAGS + " --cody_objective published --replay_buffer_capacity 15",
     "sac_ae": FLAGS + " --agent sac_ae --domain_name point_mass --task_name hard",
     "states": STATES + " --domain_name finger --task_name turn_hard --action_repeat 100",

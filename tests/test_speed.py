@@ -13,14 +13,14 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_replay
+from conftest import SMALL, make_replay
 
 from agent import make_agent
 from config import parse
 from dmc2gym import EnvError
 from encoder import CachedEncoder, ConvNet
 from env_worker import SerialEnv, WorkerEnv
-from sac import squashed_sample
+from sac import SAC, squashed_sample
 from signals import Stopped
 from utils import soft_update
 
@@ -103,7 +103,7 @@ def test_calm_steps_of_cody(small_agent, random_batch):
     norms = []
     for agent in (plain, calm):
         torch.manual_seed(0)
-        metrics = agent.update(batch, index=1)
+        metrics = agent.update(batch, index=1001)
         norms.append([metrics[name] for name in ("auxiliary_grad_norm", "auxiliary_encoder_grad_norm")])
     assert norms[0] == norms[1] and min(norms[0]) > 1e-2  # logged before the clip
     state = calm.auxiliary_optimizer.state
@@ -111,29 +111,56 @@ def test_calm_steps_of_cody(small_agent, random_batch):
     torch.testing.assert_close(gradients.norm(), torch.tensor(1e-3), rtol=1e-3, atol=0)
     step = (calm.auxiliary.W - before["auxiliary.W"]).abs().max()
     torch.testing.assert_close(step, torch.tensor(0.2 * 1e-4), rtol=0.1, atol=0)  # the second of ten
-    calm.update(batch, index=9)
-    assert [group["lr"] for group in calm.auxiliary_optimizer.param_groups] == [1e-4, 1e-3 + 1e-4]
+    for index, share in ((1001, 0.2), (1009, 1.0), (1020, 1.0)):
+        calm.update(batch, index)
+        rates = [group["lr"] for group in calm.auxiliary_optimizer.param_groups]
+        assert rates == pytest.approx([share * 1e-4, share * (1e-3 + 1e-4)])
 
 
 def test_calm_steps_of_cody_in_joint_mode(small_agent, random_batch):
     """The clip counts CoDy's gradient at the latent as well; the warm-up is the weight of that gradient."""
     batch = random_batch()
-    moments = []
-    for flags in ("", "--agent sac", "--cody_warmup_updates 10", "--cody_max_grad_norm 1e-3"):
+    moments, own = [], []
+    warmup, clip = "--cody_warmup_updates 10", "--cody_max_grad_norm 1e-3"
+    for flags in ("", "--agent sac", warmup, clip, f"{warmup} {clip}"):
         agent = small_agent()
         calm = small_agent(f"--update_mode joint {flags}")
         names = calm.state_dict().keys()
         calm.load_state_dict({name: value for name, value in agent.state_dict().items() if name in names})
         torch.manual_seed(0)
-        calm.update(batch, index=1)
+        calm.update(batch, index=1001)
         state = calm.encoder_optimizer.state
         moments.append(torch.cat([state[p]["exp_avg"].flatten() for p in calm.encoder.parameters()]) / 0.1)
-        if "grad" in flags:
-            own = torch.cat([m["exp_avg"].flatten() for m in calm.auxiliary_optimizer.state.values()]) / 0.1
-            assert own.norm() < 1e-3
-    both, critic, warm, clipped = moments
+        if "sac" not in flags:
+            optimizer = calm.auxiliary_optimizer
+            own.append(torch.cat([m["exp_avg"].flatten() for m in optimizer.state.values()]).norm() / 0.1)
+            assert [group["lr"] for group in optimizer.param_groups] == [1e-4 * (0.2 if "warm" in flags else 1)]
+    both, critic, warm, clipped, warm_and_clipped = moments
     torch.testing.assert_close(warm - critic, 0.2 * (both - critic), rtol=1e-2, atol=1e-6)
-    assert 0 < (clipped - critic).norm() < 0.1 * (both - critic).norm()
+    scale = own[2] / own[0]  # one for CoDy's networks and the latent
+    assert own[0] == own[1] and own[2] == own[3] < 1e-3 and 0 < scale < 0.1
+    torch.testing.assert_close((clipped - critic).norm(), scale * (both - critic).norm(), rtol=2e-2, atol=0)
+    torch.testing.assert_close((warm_and_clipped - critic).norm(), 0.2 * (clipped - critic).norm(), rtol=5e-2, atol=0)
+
+
+def test_the_warm_up_begins_with_the_first_update(tmp_path, call, monkeypatch):
+    """Which is that of the decision after --init_steps, and may be one of several."""
+    rates, step = [], SAC._auxiliary_step
+
+    def noted(agent, *args):
+        step(agent, *args)
+        rates.append(agent.auxiliary_optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(SAC, "_auxiliary_step", noted)
+    flags = "--num_train_steps 12 --init_steps 8 --updates_per_step 2 --cody_warmup_updates 5 --eval_freq 12"
+    flags += f" --batch_size 4 --num_eval_episodes 1 --no_env_worker --action_repeat 100 --run_dir {tmp_path}/a"
+    assert call("train.py", f"{SMALL} {flags}").returncode == 0
+    assert rates == pytest.approx([1e-4 * min(1, i / 5) for i in range(1, 9)])
+
+
+def test_the_flag_of_strides_reaches_the_agent(small_agent):
+    for flags, strides in (("", [2, 1]), ("--num_strided_layers 0", [1, 1]), ("--num_strided_layers 2", [2, 2])):
+        assert [layer.stride[0] for layer in small_agent(flags).encoder.convs.layers] == strides
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])
@@ -307,7 +334,13 @@ def test_compiled_updates_agree(small_agent, random_batch, tmp_path, monkeypatch
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("storage", ["cpu", "cuda"])
-@pytest.mark.parametrize("flags", ["", "--update_mode joint", "--precision bf16", "--update_mode joint --compile"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("", "--update_mode joint", "--precision bf16", "--update_mode joint --compile"),
+        "--update_mode joint --target_augmentations 2 --cody_max_grad_norm 1 --cody_warmup_updates 9",
+    ],
+)
 def test_updates_never_wait_for_the_gpu(storage, flags):
     """Acting alone has to wait, for its action."""
     device = torch.device("cuda")
