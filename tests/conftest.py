@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import signal
 import sys
 import types
 
@@ -14,6 +15,10 @@ import train
 from agent import make_agent
 from config import Config, complete, parse
 from replay_buffer import Batch, ReplayBuffer
+
+for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup, and in the background of a script; it is inherited
+        signal.signal(number, handler)
 
 SMALL = "--encoder_feature_dim 8 --hidden_dim 32 --num_filters 4 --image_size 20 --num_layers 2 --action_repeat 4"
 
