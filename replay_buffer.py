@@ -69,6 +69,8 @@ class ReplayBuffer:
         self._journal = None
 
         self._frame_shape = (obs_space.shape[0] // config.frame_stack, *obs_space.shape[1:])
+        # of batches: as the encoders look at pixels
+        self._layout = torch.channels_last if len(self._frame_shape) == 3 else torch.contiguous_format
         self._dtype = np.dtype(np.uint8 if obs_space.dtype == np.uint8 else np.float32)
         self._frames = self._make_store(config)
         self._actions = np.zeros((self.slots, action_dim), np.float32)
@@ -197,8 +199,7 @@ class ReplayBuffer:
 
         frames = moved(self._frames.read(window.ravel()), self.device)
         frames = frames.view(len(positions), -1, *self._frame_shape[1:])  # (B, (k + 2) * C, H, W)
-        if frames.dim() == 4:  # the layout of the encoders: turned here once, not in each of the three stacks
-            frames = frames.contiguous(memory_format=torch.channels_last)
+        frames = frames.contiguous(memory_format=self._layout)  # turned here once, not in each of the three stacks
         channels = self._frame_shape[0]
 
         def stack(first):
