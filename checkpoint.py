@@ -118,7 +118,8 @@ class Checkpoints:
 
     def _remove(self, but):
         """Remove our files from the folder, but those of these names; one that is in use or is none can stay."""
-        for path in sorted(self._folder.iterdir()):  # .json before .pt: what is named is there
+        # a .json goes before what it names
+        for path in sorted(self._folder.iterdir(), key=lambda path: (path.suffix != ".json", path.name)):
             if path.name not in but and re.fullmatch(r"\d+\.(json|pt|replay)(\.tmp)?", path.name):
                 with contextlib.suppress(OSError):
                     path.unlink()

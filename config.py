@@ -260,6 +260,10 @@ AT_LEAST_1 = (
     "critic_target_update_freq actor_update_freq encoder_feature_dim num_layers num_filters log_interval "
     "updates_per_step predictor_layers decoder_update_freq target_augmentations critic_augmentations"
 ).split()
+AT_MOST = {  # far beyond what anybody wants, and far below what an integer of torch cannot hold
+    **dict.fromkeys(("target_augmentations", "critic_augmentations", "predictor_layers"), 100),
+    **dict.fromkeys(("hidden_dim", "num_filters", "encoder_feature_dim"), 1_000_000),
+}
 POSITIVE = "checkpoint_minutes critic_lr actor_lr alpha_lr encoder_lr cody_lr decoder_lr init_temperature".split()
 FRACTIONS = "critic_tau encoder_tau".split()
 BETAS = "critic_beta actor_beta alpha_beta".split()
@@ -301,8 +305,7 @@ def _ranges(c: Config):
     clip = c.cody_max_grad_norm
     yield clip is None or clip >= FLOAT32_MIN, "cody_max_grad_norm", "must be positive in float32"
     yield c.cody_warmup_updates >= 0, "cody_warmup_updates", "must not be negative"
-    for flag in ("target_augmentations", "critic_augmentations"):
-        yield getattr(c, flag) <= 100, flag, "must be at most 100"
+    yield from ((getattr(c, flag) <= most, flag, f"must be at most {most:,}") for flag, most in AT_MOST.items())
     yield c.divergence_factor > 1, "divergence_factor", "must be above 1"
     yield 0 <= c.seed < 2**32, "seed", "must be -1 (drawn for you) or in [0, 2^32)"
     below = f"must be below the {EPISODE_LENGTH} steps of an episode, so that it has two decisions or more"

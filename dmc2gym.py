@@ -67,13 +67,17 @@ def _why_nothing_draws(asked, candidates):
         return f"MUJOCO_GL={asked}: cannot render; use one of {', '.join(DEBIAN_PACKAGES)}"
     device = os.environ.get("MUJOCO_EGL_DEVICE_ID")
     if device is not None and "egl" in candidates:
-        count = "from dm_control._render.pyopengl import egl_ext; print(len(egl_ext.eglQueryDevicesEXT()))"
-        there = _probe(count, "egl", without="MUJOCO_EGL_DEVICE_ID")  # it would stop the import
-        if there:
-            devices = ", ".join(map(str, range(int(there))))
+        if there := egl_devices():
+            devices = ", ".join(map(str, range(there)))
             return f"MUJOCO_EGL_DEVICE_ID={device}: cannot render on that device; the devices here: {devices}"
     setting = f"MUJOCO_GL={asked}" if asked else f"MUJOCO_GL is not set, tried {', '.join(candidates)}"
     return f"{setting}: cannot render; install the Debian packages {packages}"
+
+
+def egl_devices():
+    """Number of devices that draw with EGL here, GPUs first; 0 without EGL."""
+    count = "from dm_control._render.pyopengl import egl_ext; print(len(egl_ext.eglQueryDevicesEXT()))"
+    return int(_probe(count, "egl", without="MUJOCO_EGL_DEVICE_ID") or 0)  # which would stop the import
 
 
 @functools.cache  # a second or more each time

@@ -30,8 +30,8 @@ VIDEO_SIZE = 256  # pixels, a multiple of 16 as H.264 wants
 
 
 def eval_seed(config):
-    """Seed of the evaluation environment: the run's own, far from the seeds that people train with."""
-    return (config.seed + 2**31) % 2**32
+    """Seed of the evaluation environment, drawn from the run's: runs of two seeds meet different initial states."""
+    return int(np.random.SeedSequence([config.seed, 1]).generate_state(1)[0])
 
 
 def evaluate(envs, agent, num_episodes, seed, film, message, check=lambda: None):

@@ -79,12 +79,13 @@ class Logger:
         """
         if not self._config.save_tb:
             return
-        run, is_first = run_id(self._folder), not self._event_files()
+        run, number = run_id(self._folder), len(self._event_files())
         if self._config.wandb:
             self._wandb = _open_wandb(self._folder, self._config, run)
         # a TensorBoard that is watching ignores the step of a run's first file, so that one has a step too
-        self._writer = SummaryWriter(self._folder / "tb", purge_step=self._purge_step)
-        if is_first:
+        # host and process may be those of an earlier file, as in a container that is started again
+        self._writer = SummaryWriter(self._folder / "tb", purge_step=self._purge_step, filename_suffix=f".{number}")
+        if number == 0:
             self._writer.add_custom_scalars(dashboard.LAYOUT)
             row = f"{self._folder} {run}"  # sorts and reads well, and no two runs share it
             self._writer.file_writer.add_summary(dashboard.hparams(self._config, row))
@@ -210,10 +211,10 @@ class Logger:
 
     def state_dict(self):
         """Where the logs stand, what was recorded and not yet written, and what the warnings have seen."""
-        self.flush()
+        lengths = self.flush()
         now = time.monotonic()
         return {
-            "lengths": {_key(path): _on_disk(path) for path in self._files()},
+            "lengths": lengths,
             "seconds": now - self._start,
             "row_seconds": now - self._row_time,
             "step": self._step,
@@ -264,13 +265,14 @@ class Logger:
         return logs + self._event_files()
 
     def flush(self):
-        """Write the events that are still in memory.
+        """Bring all logs and events to the disk: {key of a file: its length in bytes}.
 
         Raises:
             OSError: they cannot be written.
         """
         if self._writer:
             self._writer.flush()
+        return {_key(path): _on_disk(path) for path in self._files()}
 
     def close(self):
         """Close everything; what cannot be written any more, after an error that has ended the run, is lost."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from rich.live import Live
 
+import dmc2gym
 import signals
 from machine import available_cores
 from run_folder import DIVERGED, OUTPUT, is_written, last_line, load_status
@@ -33,19 +34,25 @@ class Run(NamedTuple):
 
 
 def places(jobs):
-    """Environment variables of each of `jobs` processes: an equal share of the cores, and the GPUs in turn."""
+    """Environment variables of each of `jobs` processes: an equal share of the cores, and the GPUs in turn.
+
+    A GPU draws for the runs that it trains, where it can: in many containers the GPUs compute and only Mesa draws.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         gpus = [gpu for gpu in visible.split(",") if gpu]
     else:
         gpus = _installed_gpus()
+    drawing = dmc2gym.egl_devices() if len(gpus) > 1 else 0
     share = {"OMP_NUM_THREADS": str(max(1, available_cores() // jobs)), **os.environ}
     for job in range(jobs):
         place = dict(share)
         if len(gpus) > 1:
             place["CUDA_VISIBLE_DEVICES"] = gpu = gpus[job % len(gpus)]
             if gpu.isdigit():
-                place = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "MUJOCO_EGL_DEVICE_ID": gpu, **place}
+                place = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **place}
+                if int(gpu) < drawing:
+                    place = {"MUJOCO_EGL_DEVICE_ID": gpu, **place}
         yield place
 
 

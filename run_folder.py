@@ -383,6 +383,7 @@ class RunFolder:
 
     def begin(self, step, made_with):
         """Say in args.json that the run begins, or goes on at `step`; `made_with`: see `provenance`."""
+        self._word["step"] = step
         now = {"time": time.time(), "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]], **made_with}
         args = dataclasses.asdict(self._config)
         if self._continues:
@@ -392,12 +393,19 @@ class RunFolder:
             args |= now
         try:
             write_json(self.path / "args.json", args)
-        except OSError:
-            if self._config.run_dir is None:  # nobody has asked for this folder by its name
-                self.release()
-                shutil.rmtree(self.path)
+        except OSError as error:
+            self.take_back(error)
             raise
-        self.report(state="running", step=step)
+        self.report(state="running")
+
+    def take_back(self, error):
+        """The run did not begin after all: its folder goes, if nobody has asked for it by its name."""
+        if self._config.run_dir is None:
+            self.release()
+            shutil.rmtree(self.path)
+        else:
+            with contextlib.suppress(OSError):
+                self.report(state="stopped", message=f"{self}: stopped before it began: {error}")
 
     def tick(self, step):
         """Put the step into run.json, now and then; a disk that is full does not matter here."""

@@ -10,6 +10,7 @@ import gzip
 import json
 import pathlib
 import re
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ EVALUATION = ["variant", "task", "agent", "seed", "step", "env_step", "episode_r
 OWN_COLUMNS = {"domain_name", "task_name", "seed", "agent"}  # flags that are among them
 METHOD = [f.name for f in dataclasses.fields(Config) if f.name not in {*UNCHANGING, *OWN_COLUMNS}]  # the other flags
 BUDGET = {"num_train_steps", "eval_freq", "num_eval_episodes"}  # how long and how often, not which method
-MADE_WITH = ["git_commit", "python", "device_used", "processor"]  # of args.json, beside its versions
+MADE_WITH = ["git_commit", "python", "device_used", "processor", "renderer"]  # of args.json, beside its versions
 RESAMPLES = 20_000  # of the bootstrap: ends of intervals are found to a fiftieth of the standard error
 STATISTICS = {"mean": lambda x: x.mean(-1), "iqm": lambda x: trim_mean(x, 0.25, axis=-1)}  # over the last axis
 
@@ -45,8 +46,13 @@ def read_scores(paths):
     frame = frame.reindex(columns=list(dict.fromkeys([*EVALUATION, "run", *frame])))
     if any(ours := frame["state"] != "published"):  # public files have tasks that nobody here has run
         frame = frame[frame["task"].isin(frame["task"][ours])]
-    counts = dict.fromkeys(["seed", "step", "env_step"], "Int64")  # those that may be missing
-    return frame.astype({**counts, "episode_reward": float})
+    return _typed(frame)
+
+
+def _typed(frame):
+    """The frame with whole seeds and steps, which may be missing, and returns as floats."""
+    types = {**dict.fromkeys(["seed", "step", "env_step"], "Int64"), "episode_reward": float}
+    return frame.astype({name: kind for name, kind in types.items() if name in frame})
 
 
 def _read_folder(folder):
@@ -108,10 +114,11 @@ def _read_file(path):
         for name in sorted(set(frame) - {"step", "env_step", "episode", "episode_reward"}):
             run += ", " + frame[name].astype(str)
         frame = frame.assign(run=run, task=frame["task"].map(task_folder))
-        if not {"env_step", "episode_reward"} <= set(frame) or frame.empty:
+        needed = ["env_step", "episode_reward", "seed", "agent"]
+        if frame.empty or frame[needed]["seed"].isna().any():
             raise KeyError
-        return frame[[name for name in frame if name in {*EVALUATION, *METHOD, "run"}]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _typed(frame[[name for name in frame if name in {*EVALUATION, *METHOD, "run"}]])
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(
             f"{path}: neither drq's curves (.csv: step, episode_reward, env, seed, agent) nor dreamerv3's (.json.gz: "
             "task, method, seed, xs, ys) nor a CSV of plot.py"

@@ -135,7 +135,11 @@ def check(env, eval_envs, replay):
 
 
 def build(config, device):
-    """Environment to train in, those to evaluate in, replay and agent: everything random seeded by `config.seed`."""
+    """Environment to train in, those to evaluate in, replay and agent: everything random seeded by `config.seed`.
+
+    Raises:
+        EnvError, MemoryError: one of them cannot be made; one line.
+    """
     seed_everything(config.seed)
     if config.save_video:
         dmc2gym.select_gl_backend()  # a run on states draws nothing else
@@ -144,7 +148,13 @@ def build(config, device):
     signals.check()  # what came so far has taken seconds, and what follows does
     action_dim = env.action_space.shape[0]
     replay = ReplayBuffer(config, env.observation_space, action_dim, device)
-    agent = make_agent(config, env.observation_space.shape, action_dim, device)
+    try:
+        agent = make_agent(config, env.observation_space.shape, action_dim, device)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        sizes = " ".join(f"--{flag} {getattr(config, flag)}" for flag in ("hidden_dim", "num_filters"))
+        raise MemoryError(f"{sizes}: the networks do not fit in the memory of {device}") from None
     return env, eval_envs, replay, agent
 
 
@@ -195,7 +205,11 @@ def prepare():
         replay.begin_episode(env.reset())
     if continues:
         folder.begin(progress.step, made_with)
-    logger.open()
+    try:
+        logger.open()
+    except OSError as error:
+        folder.take_back(error)
+        raise
     on = f"goes on at step {progress.step}, " if continues else ""
     logger.message(f"{folder}: {on}{describe(config, device, replay)}")
     if config.precision == "bf16" and device.type == "cpu" and (ratio := bf16_time_ratio()) >= 1:
@@ -237,6 +251,9 @@ def main():
             state, code, why = "diverged", DIVERGED, logger.explain(error)
         except (dmc2gym.EnvError, MemoryError, OSError) as error:  # a full disk too
             state, code, why = "stopped", 1, error
+        except torch.OutOfMemoryError as error:
+            less = "--replay_device cpu, fewer runs at once or a smaller --batch_size take less"
+            state, code, why = "stopped", 1, f"{str(error).split('. ')[0]}; {less}"
         with contextlib.suppress(OSError):
             folder.report(state=state, step=progress.step, message=f"{folder}: stopped: {why}")
     leave(f"{folder}: stopped: {why}", code)

@@ -27,7 +27,7 @@ def seed_everything(seed):
 
 
 class GlobalRandomness:
-    """The generators that `seed_everything` seeds, as a part of a checkpoint."""
+    """The generators that `seed_everything` seeds, of GPUs the one in use, as a part of a checkpoint."""
 
     def state_dict(self):
         kind, keys, *rest = np.random.get_state()
@@ -35,7 +35,7 @@ class GlobalRandomness:
             "python": random.getstate(),
             "numpy": [kind, keys.tolist(), *rest],
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         }
 
     def load_state_dict(self, state):
@@ -43,8 +43,8 @@ class GlobalRandomness:
         kind, keys, *rest = state["numpy"]
         np.random.set_state((kind, np.array(keys, np.uint32), *rest))
         torch.set_rng_state(state["torch"])
-        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])
+        if torch.cuda.is_available() and state["cuda"]:  # none, if the run has been on the CPU until now
+            torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def git_commit():

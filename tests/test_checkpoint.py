@@ -1,6 +1,7 @@
 """Files of a checkpoint that are damaged, disks that are full: small parts in place of a whole run."""
 
 import json
+import pathlib
 import random
 import shutil
 
@@ -60,6 +61,23 @@ def saved(tmp_path_factory):
         other.read(folder / "checkpoint", replay.commit())
         replays.append(other)
     return folder, replays
+
+
+def test_a_kill_while_they_are_removed_leaves_none_that_is_not_whole(saved, tmp_path, monkeypatch):
+    shutil.copytree(saved[0], tmp_path / "run")
+    checkpoints, _, _ = open_run(tmp_path / "run")
+    remove = pathlib.Path.unlink
+
+    def look(path):
+        remove(path)
+        there = {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()}
+        for name in there:
+            if name.endswith(".json"):
+                assert json.loads((tmp_path / "run" / "checkpoint" / name).read_text())["files"].keys() <= there
+
+    monkeypatch.setattr(pathlib.Path, "unlink", look)
+    checkpoints.free()
+    assert not list((tmp_path / "run" / "checkpoint").iterdir())
 
 
 def test_the_last_and_the_one_before_are_kept(saved, tmp_path):

@@ -293,6 +293,16 @@ DRQ = """step,episode,episode_reward,env,seed,agent
 0,0,33.0,ball_in_cup_catch,9,DrQ
 """
 CURL = [{"task": "dmc_cartpole_swingup", "method": "curl", "seed": 0, "xs": [0, 20000], "ys": [10.0, 210.5]}]
+DAMAGED = {
+    "torn.json.gz": gzip.compress(json.dumps(CURL).encode())[:-9],
+    "flipped.json.gz": gzip.compress(json.dumps(CURL).encode())[:14] + b"\xff" * 40,
+    "no_seed.csv": DRQ.replace(",seed,", ",number,").encode(),
+    "empty_seed.csv": DRQ.replace(",8,", ",,").encode(),
+    "text_in_seed.csv": DRQ.replace(",8,", ",eight,").encode(),
+    "text_in_step.csv": DRQ.replace("16000,", "16k,").encode(),
+    "half_a_step.csv": DRQ.replace("16000,", "16000.5,").encode(),
+    "text_in_return.csv": DRQ.replace("200.0", "high").encode(),
+}
 
 
 def test_public_curves_beside_a_run(tmp_path, call):
@@ -460,6 +470,7 @@ def test_imports_without_torch():
         ("{tmp}", "{tmp}: holds no run (no args.json at any depth)"),
         ("{tmp}/other.txt", "{tmp}/other.txt: neither drq's curves"),
         ("{tmp}/other.csv", "{tmp}/other.csv: neither drq's curves"),
+        *((f"{{tmp}}/{name}", f"{{tmp}}/{name}: neither drq's curves") for name in DAMAGED),
         ("{tmp}/torn", "{tmp}/torn/s1: not the folder of a run (args.json: "),
         (
             "{sweep} --hue omega",
@@ -499,6 +510,8 @@ def test_refusals(sweep, tmp_path, monkeypatch, call, flags, line):
     (tmp / "other.txt").write_text("hello")
     (tmp / "other.csv").write_text("a,b\n1,2\n")
     (tmp / "drq.csv").write_text(DRQ)
+    for name, content in DAMAGED.items():
+        (tmp / name).write_bytes(content)
     (tmp / "torn").mkdir()
     if "torn" in flags:
         (tmp / "torn/s1").mkdir()

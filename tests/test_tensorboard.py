@@ -9,17 +9,20 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.summary.writer import event_file_writer
 from test_train import STATE
 
 import dashboard
+import logger as logger_module
 from config import Config, ConfigError, parse
 from logger import Logger
-from run_folder import RunFolder, run_id
+from run_folder import RunFolder, load_status, run_id
 
 ROOT = pathlib.Path(__file__).parent.parent
 LOSSES = {"critic_loss": 3.0, "actor_loss": -9.0, "cody_loss": 2.0, "info_nce": 1.0, "mi_bound": 4.0, "kl": 20.0}
@@ -178,6 +181,44 @@ def test_pages(page, tmp_path):
         )
     ]
     page.screenshot(path=tmp_path / "hparams.png")
+
+
+def test_sessions_of_the_same_host_and_process_lose_nothing(tmp_path, monkeypatch):
+    """As in a container that is started again: the names of their event files differ in nothing else."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", types.SimpleNamespace(get=lambda: 0))
+    logger = begin(tmp_path / "run")
+    write(logger, [100.0, 200.0, 300.0])
+    for session in (1, 2):
+        state = logger.state_dict()
+        logger.close()
+        logger = Logger(tmp_path / "run", parse(f"--save_tb --run_dir {tmp_path}/run".split()))
+        logger.load_state_dict(state)
+        write(logger, [100.0 * (session + 3)], first=session + 2)
+    logger.close()
+    returns = [event.value for event in events(tmp_path / "run" / "tb").Scalars("charts/eval_episode_reward")]
+    assert returns == [100.0, 200.0, 300.0, 400.0, 500.0] and len(list((tmp_path / "run" / "tb").iterdir())) == 3
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_wandb_that_refuses(tmp_path, monkeypatch, call, named):
+    """A new folder goes again; one that was asked for says why nothing is in it."""
+
+    def refuse(*args):
+        raise OSError("--wandb p: no API key")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: types.SimpleNamespace(origin="wandb/__init__.py"))
+    monkeypatch.setattr(logger_module, "_open_wandb", refuse)
+    place = f"--run_dir {tmp_path}/a" if named else f"--work_dir {tmp_path}"
+    result = call("train.py", f"{STATE} --save_tb --wandb p {place}")
+    assert (result.returncode, result.stderr) == (1, "train.py: stopped before it began: --wandb p: no API key\n")
+    if named:
+        status = load_status(tmp_path / "a")
+        assert (status["state"], status["message"].split(": ", 1)[1]) == (
+            "stopped",
+            "stopped before it began: --wandb p: no API key",
+        )
+    else:
+        assert list((tmp_path / "cartpole-swingup").iterdir()) == []
 
 
 def test_wandb_that_is_not_there(tmp_path, monkeypatch, call):

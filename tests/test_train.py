@@ -23,13 +23,17 @@ import torch
 from conftest import make_replay, run_loop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import checkpoint
 import evaluate
 import journal
 import train
-from config import parse
+from checkpoint import Checkpoints
+from config import Config, parse
+from evaluate import eval_seed
 from logger import Logger, prepare_console
 from replay_buffer import ReplayBuffer
-from run_folder import RunFolder, load_config
+from run_folder import RunFolder, load_config, load_status
+from sac import SAC
 from video import save_video
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -279,6 +283,52 @@ def test_training_on_a_full_disk(tmp_path, monkeypatch, call, name):
     assert result.returncode == 1 and result.stderr.startswith(f"{folder}: stopped: {path}: ")
     assert result.stderr.count("\n") == 1 and list(path.parent.iterdir()) == []
     assert len(rows(folder, "eval.log")) == 1
+
+
+@pytest.mark.parametrize("when", ["making the networks", "an update"])
+def test_memory_that_the_networks_lack(tmp_path, monkeypatch, call, when):
+    if when == "an update":
+
+        def update(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
+
+        monkeypatch.setattr(SAC, "update", update)
+        result = call("train.py", f"{STATE} --run_dir {tmp_path}/a")
+        line = f"{tmp_path}/a: stopped: CUDA out of memory; --replay_device cpu, fewer runs at once or "
+        assert (result.returncode, load_status(tmp_path / "a")["state"]) == (1, "stopped")
+    else:
+        monkeypatch.setattr(train, "make_agent", lambda *args: torch.empty(2**50))
+        result = call("train.py", f"{STATE} --run_dir {tmp_path}/a")
+        line = "train.py: error: --hidden_dim 32 --num_filters 32: the networks do not fit in the memory of cpu\n"
+        assert result.returncode == 2 and not list(tmp_path.iterdir())
+    assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
+
+
+def test_the_last_rows_are_on_the_disk_before_the_checkpoint_goes(tmp_path, monkeypatch, call):
+    """Else a power cut takes them, and what they could be computed from."""
+    synced = {}
+
+    def fsync(descriptor, real=os.fsync):
+        real(descriptor)
+        synced[os.path.realpath(f"/proc/self/fd/{descriptor}")] = os.fstat(descriptor).st_size
+
+    def free(self, real=Checkpoints.free):
+        run = tmp_path / "a"
+        for path in (run / "train.log", run / "eval.log", *(run / "tb").iterdir()):
+            assert synced[str(path)] == path.stat().st_size
+        real(self)
+        (run / "looked").touch()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Checkpoints, "free", free)
+    monkeypatch.setattr(checkpoint, "COST", 1e9)  # no checkpoint after an evaluation
+    assert call("train.py", f"{STATE} --save_tb --run_dir {tmp_path}/a").returncode == 0
+    assert (tmp_path / "a" / "looked").exists()
+
+
+def test_runs_of_two_seeds_are_evaluated_from_different_states():
+    starts = [(eval_seed(Config(seed=seed)) + episode) % 2**32 for seed in range(100) for episode in range(50)]
+    assert len(set(starts)) == len(starts)
 
 
 def test_no_room_for_a_run(tmp_path, monkeypatch, call):
