@@ -91,8 +91,8 @@ class Config:
     replay_device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the replay's frames lie; auto is with the networks where they take less than half of the free memory."""
     replay_storage: Literal["auto", "raw", "lz4"] = "auto"
-    """How the replay's frames are stored: as they are, or packed to a tenth, which takes a little time in each update;
-    auto is raw where they take less than half of the free memory."""
+    """How the replay's frames are stored: as they are, or packed to a twentieth to a half, by task, which takes a
+    little time in each update; auto is raw where they take less than half of the free memory."""
     env_worker: bool = True
     """Step the environment in a process beside the update, and evaluate in up to four; the results are the same."""
 

@@ -1,4 +1,4 @@
-"""Frames of a replay in memory: as they are, or packed to a tenth.
+"""Frames of a replay in memory: as they are, or packed without loss.
 
 Two stores with one interface, `write` a frame and `read` frames by slot. A frame is packed as lz4 of its difference
 from the first frame of its episode, byte by byte: most of a DeepMind Control scene stands still. What does not become

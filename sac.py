@@ -241,10 +241,10 @@ class SAC(nn.Module):
         return metrics
 
     def _joint(self, batch, first, index, detailed):
-        """A departure (docs/algorithm.md): all losses from the weights before the update, one step of the encoder.
+        """A departure (docs/algorithm.md): critic and auxiliary losses before any step, one encoder step.
 
         One forward of o_t serves critic, auxiliary and actor. Each loss's gradient goes down to its latent, and both
-        together go through the encoder.
+        together go through the encoder. The actor comes last, as in the released order, on the old conv features.
         """
         actor_due, targets_due, auxiliary_due = self._due(index)
         encoder, target_encoder = CachedEncoder(self.encoder), CachedEncoder(self.target_encoder)

@@ -3,8 +3,8 @@
     python sweep.py --name omega --jobs 2 -- --omega_cody_loss 0.1,0.01,0.001 --seed 0,1,2
     python sweep.py --name ablation --variants sweeps/ablation.txt -- --task cartpole-swingup,walker-walk --seed 0,1
     python sweep.py --name omega --slurm '--time=8:00:00 --gres=gpu:1' -- --omega_cody_loss 0.1,0.01,0.001 --seed 0,1,2
-    python sweep.py --status runs/omega                          how the runs stand
-    python sweep.py --resume runs/omega --jobs 2                 go on with what is not over, as the same command does
+    python sweep.py --status runs/omega                          # how the runs stand
+    python sweep.py --resume runs/omega --jobs 2                 # go on with what is not over, as the same command does
 
 What stands behind the -- are flags of train.py; commas make the grid. A run lies in
 <work_dir>/<name>/<what differs>/<task>/s<seed>/, and <work_dir>/<name>/sweep.json names them all.
@@ -31,7 +31,7 @@ import slurm
 from config import UNCHANGING, Config, ConfigError, exit_with, leave, parse, parse_flags, show
 from processes import HERE, Run, command, run_here
 from run_folder import Over, check_writable, find_runs, load_sweep, parse_run, write_json
-from standing import counted, look, make_console, report
+from standing import counted, look, lost_console, make_console, report
 
 UNNAMED = {"domain_name", "task_name", "seed"}  # have folders of their own
 SLURM = ("slurm", "slurm_script", "runs_per_job")
@@ -379,9 +379,10 @@ def main():
             return
         todo = [run for run in runs if not is_over(folder, run)]
         if args.dry_run:
-            for run in todo:
-                print(shlex.join(command(folder, run)))
-            print(f"{counted(len(todo), 'run')} to do, {len(runs) - len(todo)} over")
+            with lost_console():
+                for run in todo:
+                    print(shlex.join(command(folder, run)))
+                print(f"{counted(len(todo), 'run')} to do, {len(runs) - len(todo)} over", flush=True)
         else:
             if args.resume is None:
                 with locked(folder):
@@ -406,7 +407,8 @@ def print_status(folder):
             standings[str(run.relative_to(folder))] = look(run)
         except ConfigError as error:
             unreadable.append(str(error))
-    make_console().print(report(standings), *unreadable, sep="\n")
+    with lost_console():
+        make_console().print(report(standings), *unreadable, sep="\n")
 
 
 def resumed(folder, args):

@@ -1,9 +1,9 @@
 """Train SAC from pixels on a DeepMind Control task, its encoder shared with the CoDy auxiliary task.
 
-    python train.py                                              cartpole swingup with the published settings
-    python train.py --domain_name walker --task_name walk        another task; its action repeat is looked up
-    python train.py --omega_cody_loss 0.01 --seed 3 --save_tb    weight of the KL term, seed, TensorBoard
-    python train.py --run_dir runs/a                             begin there, or go on with what was begun there
+    python train.py                                              # cartpole swingup, settings of the task table
+    python train.py --domain_name walker --task_name walk        # another task; its action repeat is looked up
+    python train.py --omega_cody_loss 0.01 --seed 3 --save_tb    # weight of the KL term, seed, TensorBoard
+    python train.py --run_dir runs/a                             # begin there, or go on with what was begun there
 
 `python train.py --help` lists every flag. A run writes <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/:
 args.json, run.json, train.log, eval.log, checkpoint/ and, as asked for, tb/, video/, model/.

@@ -1,6 +1,6 @@
 """What a checkpoint costs: time of saving and loading it, share of a run, bytes on disk.
 
-    python benchmarks/checkpoint.py                                          the default networks on cartpole swingup
+    python benchmarks/checkpoint.py                                          # the default networks on cartpole swingup
     python benchmarks/checkpoint.py --transitions 100000 --flags="--domain_name walker --task_name walk"
 
 Fills a replay with episodes of a random policy, drawn once and repeated up to `--transitions`, then saves after each

@@ -3,8 +3,9 @@
     python benchmarks/random_policy.py
     python benchmarks/random_policy.py --tasks hopper-hop,cartpole-balance
 
-Prints rows of results/published_scores.csv: one action drawn for each decision at the task table's action repeat, mean
-and sample standard deviation over episodes. They are no seeds, so that the column of the seeds is empty.
+Prints rows of results/published_scores.csv, but for their last column: one action drawn for each decision at the task
+table's action repeat, mean and sample standard deviation over episodes. They are no seeds, so that the column of the
+seeds is empty.
 """
 
 import csv

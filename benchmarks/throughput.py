@@ -1,6 +1,6 @@
 """Speed and memory of the update and of whole decisions, each mode beside the faithful one.
 
-    python benchmarks/throughput.py                                           CoDy at batch 128 and 256, all modes
+    python benchmarks/throughput.py                                           # CoDy at batch 128 and 256, all modes
     python benchmarks/throughput.py --rows="--agent cody_sac, --agent sac" --batch_sizes 512 --flags="--frame_stack 4"
 
 Every row is measured in a process of its own, so that no row inherits another's memory. Times are medians over pairs
@@ -11,7 +11,7 @@ stand beside theirs. `sample` and `augment` are the shares of `ReplayBuffer.samp
 FLOPs are counted by torch's FlopCounterMode; `of peak` is the time that they would take at the highest rate of their
 dtype that this run has seen, in products, convolutions or updates, over the time that they took. `decisions/s` are
 whole decisions on real pixels, the environment in its worker: act, environment step, store, sample, augment, update.
-`GB` is the process's own peak.
+`GB` is the process's own peak, on CUDA that of the GPU's memory.
 """
 
 import collections

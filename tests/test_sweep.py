@@ -582,6 +582,10 @@ def test_a_reader_that_goes_away(here, start):
     process.stdout.close()
     assert process.wait(timeout=60) == 0
     assert [load_state(run) for run in find_runs(here)] == ["finished"] * 3
+    for flags in ("--status runs/a", "--name b --dry_run -- --seed 0,1,2"):
+        process = start(*flags.split(), stderr=subprocess.PIPE)
+        process.stdout.close()
+        assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
 
 
 def test_a_narrow_terminal(capsys):
