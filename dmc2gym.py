@@ -75,7 +75,7 @@ def _why_nothing_draws(asked, candidates):
 
 
 def egl_devices():
-    """Number of devices that draw with EGL here, GPUs first; 0 without EGL."""
+    """Number of devices that EGL finds here, NVIDIA's GPUs before Mesa's; 0 without EGL."""
     count = "from dm_control._render.pyopengl import egl_ext; print(len(egl_ext.eglQueryDevicesEXT()))"
     return int(_probe(count, "egl", without="MUJOCO_EGL_DEVICE_ID") or 0)  # which would stop the import
 

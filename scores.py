@@ -115,7 +115,7 @@ def _read_file(path):
             run += ", " + frame[name].astype(str)
         frame = frame.assign(run=run, task=frame["task"].map(task_folder))
         needed = ["env_step", "episode_reward", "seed", "agent"]
-        if frame.empty or frame[needed]["seed"].isna().any():
+        if frame.empty or frame[needed]["seed"].isna().any():  # or one of them is no column, a KeyError too
             raise KeyError
         return _typed(frame[[name for name in frame if name in {*EVALUATION, *METHOD, "run"}]])
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError):

@@ -251,7 +251,7 @@ def main():
             state, code, why = "diverged", DIVERGED, logger.explain(error)
         except (dmc2gym.EnvError, MemoryError, OSError) as error:  # a full disk too
             state, code, why = "stopped", 1, error
-        except torch.OutOfMemoryError as error:
+        except torch.OutOfMemoryError as error:  # of CUDA; its message is a paragraph
             less = "--replay_device cpu, fewer runs at once or a smaller --batch_size take less"
             state, code, why = "stopped", 1, f"{str(error).split('. ')[0]}; {less}"
         with contextlib.suppress(OSError):
