@@ -164,6 +164,9 @@ class Config:
     """Updates over which CoDy's step grows linearly to its full size."""
     cody_max_grad_norm: float | None = None
     """Clip the norm of the gradient of CoDy's loss. None: no clip."""
+    cody_grad_ratio: float | None = None
+    """Joint mode: scale CoDy's gradient at the latent, in each batch, to this multiple of the critic's. None: leave it
+    as it is, a hundredth of the critic's late in a run."""
     omega_cody_loss: float = 1e-3
     """Weight omega of the KL term (published objective: of its second term); 0 still computes and logs it.
     Released: README and default 0.001, train.sh 0.01."""
@@ -273,7 +276,8 @@ VARIANTS = (
     "kl_prior kl_encoder key_encoder dynamics_layer_norm reward_prediction reward_norm action_encoder projection "
     "predictor_layers"
 ).split()
-CODY = "cody_objective beta_cody_loss cody_lr omega_cody_loss cody_warmup_updates cody_max_grad_norm".split() + VARIANTS
+CODY = "cody_objective beta_cody_loss cody_lr omega_cody_loss".split() + VARIANTS
+CODY += "cody_warmup_updates cody_max_grad_norm cody_grad_ratio".split()
 NOT_SAC_AE = "num_strided_layers target_augmentations critic_augmentations".split()
 DECODER = "decoder_lr decoder_update_freq decoder_latent_lambda decoder_weight_lambda".split()
 PIXELS = (
@@ -302,8 +306,9 @@ def _ranges(c: Config):
     yield from ((0 <= getattr(c, flag) < 1, flag, "must be in [0, 1)") for flag in BETAS)
     yield 0 <= c.discount <= 1, "discount", "must be in [0, 1]"
     yield from ((getattr(c, flag) >= 0, flag, "must not be negative") for flag in WEIGHTS)
-    clip = c.cody_max_grad_norm
-    yield clip is None or clip >= FLOAT32_MIN, "cody_max_grad_norm", "must be positive in float32"
+    for flag in ("cody_max_grad_norm", "cody_grad_ratio"):
+        value = getattr(c, flag)
+        yield value is None or value >= FLOAT32_MIN, flag, "must be positive in float32"
     yield c.cody_warmup_updates >= 0, "cody_warmup_updates", "must not be negative"
     yield from ((getattr(c, flag) <= most, flag, f"must be at most {most:,}") for flag, most in AT_MOST.items())
     yield c.divergence_factor > 1, "divergence_factor", "must be above 1"
@@ -355,6 +360,7 @@ def _combinations(c: Config):
         (CODY, "--agent cody_sac", c.agent == "cody_sac"),
         (PIXELS, "--encoder_type pixel or protorl", pixels),
         (["camera_id"], "--encoder_type pixel or protorl, or --save_video", pixels or c.save_video),
+        (["cody_grad_ratio"], "--update_mode joint", c.update_mode == "joint"),
         (["encoder_lr"], "--agent cody_sac, --agent sac_ae or --update_mode joint", steps_encoder),
         (VARIANTS, "--cody_objective dynamics_kl", c.cody_objective == "dynamics_kl"),
         (["beta_cody_loss"], "--cody_objective published", c.cody_objective == "published"),

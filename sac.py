@@ -22,6 +22,8 @@ from torch import nn
 from encoder import CachedEncoder, make_encoder
 from utils import grad_norm, mlp, orthogonal_convs, soft_update, weight_init
 
+MAX_GRAD_SCALE = 1e4  # bound of --cody_grad_ratio's factor, as in VQGAN's adaptive weight (arXiv 2012.09841)
+
 
 class Actor(nn.Module):
     """Policy pi(a|o) on the shared conv features.
@@ -249,20 +251,23 @@ class SAC(nn.Module):
         actor_due, targets_due, auxiliary_due = self._due(index)
         encoder, target_encoder = CachedEncoder(self.encoder), CachedEncoder(self.target_encoder)
         target_q = self.target_q(batch, encoder, target_encoder)
-        features = self.encoder.convs(batch.obs)
-        latents = [self._critic_latent(features)]
+        all_features = self.encoder.convs(batch.obs)
+        features = all_features[: len(first.obs)]
+        latents = [self._critic_latent(all_features)]
         leaves = [latents[0].detach().requires_grad_()]
         loss, metrics = self._critic_loss(leaves[0], batch.action, target_q)
         metrics["critic_grad_norm"] = self._step(loss, self.critic_optimizer, leaves[0])
 
-        features = features[: len(first.obs)]
         if auxiliary_due:
             latents.append(self.encoder.head(features) if self.config.detach_encoder else latents[0][: len(features)])
             leaves.append(latents[1].detach().requires_grad_())
             loss, auxiliary_metrics = self.auxiliary.loss(first, leaves[1], encoder, target_encoder, detailed=detailed)
             metrics.update(auxiliary_metrics)
             metrics["auxiliary_grad_norm"] = self._backward(loss, self.auxiliary_optimizer, leaves[1])
-            metrics["latent_grad_ratio"] = leaves[1].grad.norm() / leaves[0].grad.norm()
+            if detailed:
+                head_norms = [self._head_grad_norm(f, z) for f, z in zip((all_features, features), leaves, strict=True)]
+                metrics["head_grad_ratio"] = head_norms[1] / head_norms[0]
+            metrics.update(self._balance(*leaves))
             self._auxiliary_step(index, metrics["auxiliary_grad_norm"], leaves[1])
 
         self.encoder_optimizer.zero_grad()
@@ -274,6 +279,31 @@ class SAC(nn.Module):
         if targets_due:
             self._update_targets()
         return metrics
+
+    def _balance(self, z_critic, z_auxiliary):
+        """Scale the auxiliary loss's gradient at the latent to --cody_grad_ratio times the norm of the critic's.
+
+        Args:
+            z_critic, z_auxiliary: latents with the gradient of either loss; norms are over the whole batch.
+
+        Returns:
+            Metrics: the ratio of the norms before scaling, and what the scale was.
+        """
+        critic_norm, auxiliary_norm = z_critic.grad.norm(), z_auxiliary.grad.norm()
+        metrics = {"latent_grad_ratio": auxiliary_norm / critic_norm}
+        if self.config.cody_grad_ratio is not None:
+            auxiliary_norm = auxiliary_norm.clamp_min(torch.finfo().tiny)  # no 0 / 0
+            scale = (self.config.cody_grad_ratio * critic_norm / auxiliary_norm).clamp_max(MAX_GRAD_SCALE)
+            z_auxiliary.grad.mul_(scale)
+            metrics["cody_grad_scale"] = scale
+            metrics["cody_grad_scale_at_bound"] = (scale == MAX_GRAD_SCALE).float()
+        return metrics
+
+    def _head_grad_norm(self, features, z):
+        """Norm of a loss's gradient at the weights of the encoder's head, from its gradient at the latents `z`."""
+        head = self.encoder.head
+        latents = head.forward(features.detach())  # not the compiled head, which keeps its graph for one backward
+        return nn.utils.get_total_norm(torch.autograd.grad(latents, list(head.parameters()), z.grad))
 
     def _due(self, index):
         """Which steps update `index` takes: actor (with temperature), targets, auxiliary."""

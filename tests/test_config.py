@@ -83,6 +83,13 @@ def test_tasks_outside_the_table_and_other_repeats():
         ("--hidden_dim 99999999999999999999", "--hidden_dim 99999999999999999999: must be at most 1,000,000"),
         ("--target_augmentations 0", "--target_augmentations 0: must be at least 1"),
         ("--cody_max_grad_norm 0", "--cody_max_grad_norm 0.0: must be positive"),
+        ("--cody_grad_ratio 1", "--cody_grad_ratio 1.0: has no effect without --update_mode joint"),
+        ("--update_mode joint --cody_grad_ratio 0", "--cody_grad_ratio 0.0: must be positive"),
+        ("--update_mode joint --cody_grad_ratio nan", "--cody_grad_ratio nan: must be finite"),
+        (
+            "--update_mode joint --agent sac_ae --cody_grad_ratio 1",
+            "--cody_grad_ratio 1.0: has no effect without --agent cody_sac",
+        ),
         ("--cody_warmup_updates -1", "--cody_warmup_updates -1: must not be negative"),
         (
             "--agent sac_ae --num_strided_layers 2",

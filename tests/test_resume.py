@@ -120,7 +120,7 @@ VARIANTS = {
     "cody": FLAGS,
     "joint": FLAGS
     + " --update_mode joint --replay_storage lz4 --save_tb --cody_warmup_updates 14 --cody_max_grad_norm 1"
-    + " --target_augmentations 2 --critic_augmentations 2",
+    + " --cody_grad_ratio 1 --target_augmentations 2 --critic_augmentations 2",
     "published": FLAGS + " --cody_objective published --replay_buffer_capacity 15",
     "sac_ae": FLAGS + " --agent sac_ae --domain_name point_mass --task_name hard",
     "states": STATES + " --domain_name finger --task_name turn_hard --action_repeat 100",

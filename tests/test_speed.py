@@ -1,6 +1,7 @@
 """The faster paths: what they share, what they change, and that the rest stays the same."""
 
 import copy
+import math
 import pathlib
 import shutil
 import subprocess
@@ -141,6 +142,73 @@ def test_calm_steps_of_cody_in_joint_mode(small_agent, random_batch):
     assert own[0] == own[1] and own[2] == own[3] < 1e-3 and 0 < scale < 0.1
     torch.testing.assert_close((clipped - critic).norm(), scale * (both - critic).norm(), rtol=2e-2, atol=0)
     torch.testing.assert_close((warm_and_clipped - critic).norm(), 0.2 * (clipped - critic).norm(), rtol=5e-2, atol=0)
+
+
+def gradients_of(optimizer, parameters):
+    """What the first step of an Adam has seen, from its first moment."""
+    return [optimizer.state[p]["exp_avg"] / 0.1 for p in parameters]
+
+
+@pytest.mark.parametrize("clip", ["", "--cody_max_grad_norm 0.05 --cody_warmup_updates 10"])
+@pytest.mark.parametrize("objective", ["dynamics_kl", "published"])
+@pytest.mark.parametrize("ratio, times", [(1.0, 1), (0.3, 2), (3.0, 2)])
+def test_the_gradient_ratio_agrees_with_two_backwards(small_agent, random_batch, ratio, times, objective, clip):
+    """Each loss goes back through an encoder of its own, and both are added at every weight."""
+    flags = f"--cody_objective {objective} --critic_augmentations {times} --cody_grad_ratio {ratio} {clip}"
+    agent = small_agent(f"--update_mode joint {flags}")
+    batch = agent.augment(random_batch())
+    first = batch._replace(obs=batch.obs[:16], next_obs=batch.next_obs[:16])
+    twin = copy.deepcopy(agent)
+    torch.manual_seed(9)
+    metrics = agent.update(batch, index=1001, detailed=True)
+
+    torch.manual_seed(9)
+    y = twin.target_q(batch, twin.encoder, twin.target_encoder)
+    latents = [twin.encoder(obs) for obs in batch.obs.split(16)]
+    losses = [((q - y) ** 2).mean() for z in latents for q in twin.critic(z, batch.action)]
+    weights, head = list(twin.encoder.parameters()), len(list(twin.encoder.head.parameters()))
+    of_critic = torch.autograd.grad(sum(losses) / times, [*weights, *latents])
+    z = twin.encoder(first.obs)
+    cody_loss, _ = twin.auxiliary.loss(first, z, twin.encoder, twin.target_encoder)
+    networks = [p for p in twin.auxiliary.parameters() if p.requires_grad]
+    of_cody = torch.autograd.grad(cody_loss, [*weights, z, *networks])
+
+    def norm(tensors):
+        return math.sqrt(sum(float(x.double().square().sum()) for x in tensors))
+
+    n = len(weights)
+    a, c, own = norm(of_cody[n : n + 1]), norm(of_critic[n:]), norm(of_cody[n + 1 :])
+    scale = ratio * c / a
+    clipped = min(1, 0.05 / math.hypot(scale * a, own)) if clip else 1
+    warm = 0.2 if clip else 1  # the second of ten updates
+    assert metrics["cody_grad_scale"].item() == pytest.approx(scale, rel=1e-4)
+    assert metrics["latent_grad_ratio"].item() == pytest.approx(a / c, rel=1e-4)
+    assert metrics["cody_grad_scale_at_bound"] == 0
+    of_head = norm(of_cody[n - head : n]) / norm(of_critic[n - head : n])
+    assert metrics["head_grad_ratio"].item() == pytest.approx(of_head, rel=1e-4)
+    for ours, g_critic, g_cody in zip(
+        gradients_of(agent.encoder_optimizer, agent.encoder.parameters()), of_critic[:n], of_cody[:n], strict=True
+    ):
+        torch.testing.assert_close(ours, g_critic + warm * clipped * scale * g_cody, rtol=1e-3, atol=1e-5)
+    networks = [p for p in agent.auxiliary.parameters() if p.requires_grad]
+    for ours, g_cody in zip(gradients_of(agent.auxiliary_optimizer, networks), of_cody[n + 1 :], strict=True):
+        torch.testing.assert_close(ours, clipped * g_cody, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "cody, critic, scale, at_bound",
+    [(1e-9, 1.0, 1e4, 1), (0.0, 1.0, 1e4, 1), (1.0, 0.0, 0.0, 0), (0.0, 0.0, 0.0, 0)],
+)
+def test_the_gradient_scale_is_bounded_and_never_nan(small_agent, random_batch, cody, critic, scale, at_bound):
+    """Where the gradient of CoDy's or the critic's loss is zero, or CoDy's nearly so."""
+    agent = small_agent("--update_mode joint --cody_grad_ratio 1 --kl_prior none")
+    agent.auxiliary.W.data.mul_(cody)
+    agent.critic.Q1[-1].weight.data.mul_(critic)
+    agent.critic.Q2[-1].weight.data.mul_(critic)
+    metrics = agent.update(random_batch(), index=1001)
+    assert metrics["cody_grad_scale"] == scale and metrics["cody_grad_scale_at_bound"] == at_bound
+    assert metrics["latent_grad_ratio"] < 1e-6 or critic == 0
+    assert all(torch.isfinite(p).all() for p in agent.parameters())
 
 
 def test_the_warm_up_begins_with_the_first_update(tmp_path, call, monkeypatch):
@@ -314,19 +382,20 @@ def test_keep_freed_memory_ends_page_faults():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on CPU")
-def test_compiled_updates_agree(small_agent, random_batch, tmp_path, monkeypatch):
+@pytest.mark.parametrize("mode", ["sequential", "joint --cody_grad_ratio 1"])
+def test_compiled_updates_agree(small_agent, random_batch, tmp_path, monkeypatch, mode):
     # torch's usual cache may hold code for another instruction set, which gives NaN instead of an error
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    flags = "--num_filters 8"
+    flags = f"--num_filters 8 --update_mode {mode}"
     plain, compiled, batch = small_agent(flags), small_agent(f"{flags} --compile"), random_batch()
     assert compiled.encoder.convs._compiled_call_impl and not plain.encoder.convs._compiled_call_impl
     torch._dynamo.utils.counters.clear()
     for index in range(2):
         torch.manual_seed(index)
-        expected = plain.update(batch, index)
+        expected = plain.update(batch, index, detailed=True)
         torch.manual_seed(index)
-        metrics = compiled.update(batch, index)
-        for name in ("critic_loss", "cody_loss"):
+        metrics = compiled.update(batch, index, detailed=True)
+        for name in {"critic_loss", "cody_loss", "head_grad_ratio"} & {*metrics}:
             torch.testing.assert_close(metrics[name], expected[name], rtol=1e-3, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 5
     assert compiled.state_dict().keys() == plain.state_dict().keys()
