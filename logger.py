@@ -38,6 +38,8 @@ TRAIN_COLUMNS = {
     "wall_seconds": "T",
 }
 MEDIAN_WINDOW = 20  # readings in the running median of the divergence warning; it needs half of them
+COLLAPSED = {"latent_std": 0.05, "latent_rank": 3}  # a reading below either shows collapsed latents
+COLLAPSE_AFTER = 2_000  # updates; new encoders look collapsed, healthy ones are past 0.5 and 20 well before
 WANDB_SECONDS = 20  # at the end of a run for what is not yet uploaded; a cluster may wait 30 before it kills
 EVAL_COLUMNS = {"episode": "E", "step": "S", "episode_reward": "R", "duration": "D"}
 
@@ -66,6 +68,7 @@ class Logger:
         self._divergence_factor = config.divergence_factor
         self._watched = {name: collections.deque(maxlen=MEDIAN_WINDOW) for name in ("kl", "critic_loss")}
         self._warned = False  # in this episode
+        self._collapsed = 0  # readings in a row with collapsed latents
         # no bar where there is no terminal: then the rows alone, as plain lines
         self._bar = tqdm(total=config.num_train_steps, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
 
@@ -124,6 +127,7 @@ class Logger:
         self._means.append({name: (len(columns[name]), mean) for name, mean in means.items()})
         self._events(last_step, means)
         self._watch(last_step, means)
+        self._watch_latents(last_step, means)
 
     def explain(self, error):
         """Why a run that raised FloatingPointError stopped: the loss that was not finite, if there was one."""
@@ -146,6 +150,16 @@ class Logger:
                     f"its running median {usual:.4g}; see docs/troubleshooting.md"
                 )
             window.append(means[name])
+
+    def _watch_latents(self, step, means):
+        """One line when two readings in a row show collapsed latents, and again only after a healthy one."""
+        updates = (step - self._config.init_steps) * self._config.updates_per_step
+        low = [f"{name} {means[name]:.3g}" for name, bound in COLLAPSED.items() if means.get(name, bound) < bound]
+        self._collapsed = self._collapsed + 1 if low and updates >= COLLAPSE_AFTER else 0
+        if self._collapsed == 2:
+            self.message(
+                f"warning: {', '.join(low)} at step {step}: latents have collapsed; see docs/troubleshooting.md"
+            )
 
     def train_row(self, step, **values):
         """End of a training episode: its values, how fast it was, and the means of what was read since the last row."""
@@ -218,7 +232,7 @@ class Logger:
             "seconds": now - self._start,
             "row_seconds": now - self._row_time,
             "step": self._step,
-            "row": [self._row_step, self._row_updates, self._physics_errors, self._warned],
+            "row": [self._row_step, self._row_updates, self._physics_errors, self._warned, self._collapsed],
             "unread": self._unread,
             "means": self._means,
             "last": self._last,
@@ -230,7 +244,7 @@ class Logger:
         self.cut_logs(state["lengths"])
         self._start -= state["seconds"]
         self._row_time = time.monotonic() - state["row_seconds"]
-        self._row_step, self._row_updates, self._physics_errors, self._warned = state["row"]
+        self._row_step, self._row_updates, self._physics_errors, self._warned, self._collapsed = state["row"]
         self._unread, self._means, self._last = state["unread"], state["means"], state["last"]
         for name, window in self._watched.items():
             window.extend(state["watched"][name])

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import io
 import json
+import math
 import os
 import pathlib
 import pty
@@ -461,6 +462,35 @@ def test_divergence_is_warned_of_once_per_episode(tmp_path, capsys):
     capsys.readouterr()
     interval(14, 1000.0)
     assert capsys.readouterr().out.startswith("warning: kl 1000 at step 14")
+    logger.close()
+
+
+def test_collapsed_latents_are_warned_of_once(tmp_path, capsys):
+    """Two readings in a row after 2,000 updates; a resumed run remembers the first."""
+    config = parse(["--init_steps", "500", "--updates_per_step", "2"])
+    logger = Logger(tmp_path, config)
+
+    def interval(step, std, rank):
+        metrics = {"latent_std": torch.tensor(std)} | ({} if rank is None else {"latent_rank": torch.tensor(rank)})
+        logger.record(step, metrics)
+        logger.read()
+        return capsys.readouterr().out
+
+    for step in (1300, 1400):  # 1,800 updates at most
+        assert interval(step, 0.01, 1.0) == ""
+    assert interval(1500, 0.01, 20.0) == ""
+    assert interval(1600, 0.06, 3.1) == ""
+    assert interval(1700, 0.06, 2.9) == ""
+    state = logger.state_dict()
+    logger = Logger(tmp_path, config)
+    logger.load_state_dict(state)
+    line = (
+        "warning: latent_std 0.049, latent_rank 2.9 at step 1800: latents have collapsed; see docs/troubleshooting.md\n"
+    )
+    assert interval(1800, 0.049, 2.9) == line
+    assert interval(1900, 0.01, 1.0) == interval(2000, 1.0, None) == interval(2100, 0.01, None) == ""
+    assert interval(2200, 0.01, None).startswith("warning: latent_std 0.01 at step 2200: latents have collapsed")
+    assert interval(2300, 1.0, math.nan) == interval(2400, 1.0, math.nan) == ""  # undefined, which is no collapse
     logger.close()
 
 
