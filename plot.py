@@ -34,7 +34,6 @@ from scores import (
     aligned,
     begun,
     by_seed,
-    compare,
     in_words,
     interval,
     published_scores,
@@ -44,6 +43,7 @@ from scores import (
     varied,
     with_curves,
 )
+from tables import MADE_BY, TABLE, last_common_step, markdown, table_cells
 
 DIAGNOSTICS = {
     "mi_bound": "MI bound (nats)",
@@ -68,8 +68,6 @@ THEME = {
     "pdf.fonttype": 42,  # TrueType, as journals ask
     "savefig.dpi": 300,
 }
-MADE_BY = "plot.py of CoDy"  # in every picture and table that may be written over
-TABLE = "task env_step method statistic value low high std n note source protocol".split()  # columns of its CSV
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,11 +159,11 @@ def draw_curves(frame, names, statistic):
                 axis.plot(scores[seed].dropna(), color=colour, linewidth=0.5, alpha=0.5)
             common = aligned(scores)
             if len(common):
-                of_seeds = STATISTICS[statistic](common.to_numpy())
+                of_seeds = STATISTICS[statistic]([common.to_numpy()])
                 every = (k % 3, max(1, len(common) // 8))
                 look = {"color": colour, "linestyle": line, "linewidth": 1.2, "marker": marker, "markersize": 2.5}
                 axis.plot(common.index, of_seeds, markevery=every, **look)
-                low, high = np.transpose([interval(row[:, None], statistic) for row in common.to_numpy()])
+                low, high = np.transpose([interval([row], statistic) for row in common.to_numpy()])
                 axis.fill_between(common.index, low, high, color=colour, alpha=0.18, linewidth=0)
     axes[0, 0].set(xlim=(0, max(1, end) * 1.02), ylim=(-20, 1020), yticks=range(0, 1001, 250))
     axes[0, 0].xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -234,116 +232,6 @@ def draw_diagnostics(frame):
     return figure, [title for name, title in DIAGNOSTICS.items() if name not in names]
 
 
-def cell(part, step):
-    """Mean over the seeds of one curve on one task at exactly this step, unless one that has begun lacks it."""
-    scores = begun(part).query("env_step == @step").set_index("seed")["episode_reward"]
-    lacking = [(seed, what) for seed, what in troubles(part) if seed not in scores.index]
-    ended = sorted(begun(part).query("state in ('finished', 'published')")["seed"].unique())
-    lacking += [(seed, f"not evaluated at {step:,}") for seed in ended if seed not in scores.index]
-    if scores.empty or any(what != "missing" for _, what in lacking):  # a mean of the others would flatter
-        words = [f"seed {seed}: {score:.0f}" for seed, score in scores.items()]
-        return {"note": "; ".join([*words, in_words(lacking) or "no run"])}
-    low, high = interval(scores.to_numpy()[:, None], "mean")
-    spread = {"low": low, "high": high, "std": scores.std(), "n": len(scores)}
-    return {"value": scores.mean(), **spread, "note": in_words(lacking)}
-
-
-def pooled_cell(part, tasks, step, statistic):
-    """The statistic over all tasks, if every task has every seed."""
-    scores = begun(part).query("env_step == @step").pivot(index="seed", columns="task", values="episode_reward")
-    if {*scores} != {*tasks} or {*scores.index} != {*part["seed"]} or scores.isna().any(axis=None):
-        return {"note": "not every task has every seed"}
-    low, high = interval(scores.to_numpy(), statistic)
-    return {"value": STATISTICS[statistic](scores.to_numpy().ravel()), "low": low, "high": high, "n": len(scores)}
-
-
-def last_common_step(frame):
-    """The last environment step at which all runs that have begun were evaluated; `ConfigError`: there is none."""
-    common = set.intersection(*(set(steps) for _, steps in begun(frame).groupby("run")["env_step"]))
-    if not common:
-        raise ConfigError("--table: no environment step at which all runs were evaluated; name one, as --table 100000")
-    return max(common)
-
-
-def table_cells(frame, steps):
-    """Frame of columns TABLE, a row a cell: each task, then all tasks together; in each our curves, then published."""
-    tasks = list(frame["task"].unique())
-    published = published_scores().rename(columns={"env_steps": "env_step", "mean": "value", "seeds": "n"})
-    at_random = published["method"] == "random policy"  # at any step
-    published = pd.concat([published[at_random].assign(env_step=step) for step in steps] + [published[~at_random]])
-    published = published.assign(statistic="mean")
-    cells = []
-    for task in tasks + ["all tasks"] * (len(tasks) > 1):
-        for step in steps:
-            for statistic in STATISTICS if task == "all tasks" else ["mean"]:
-                for curve, part in frame.groupby("curve", sort=False):
-                    if task == "all tasks":
-                        found = pooled_cell(part, tasks, step, statistic)
-                    else:
-                        found = cell(part[part["task"] == task], step)
-                    row = {"task": task, "env_step": step, "statistic": statistic, "method": curve, "source": "runs"}
-                    cells.append({**row, **found})
-            cells += published.query("task == @task and env_step == @step").to_dict("records")
-    return pd.DataFrame(cells, columns=TABLE).astype({"n": "Int64"})
-
-
-def in_cell(cell):
-    """Text of a row of `table_cells`."""
-    if pd.isna(cell.value):
-        return f"– ({cell.note})"
-    n = [] if pd.isna(cell.n) else [str(cell.n)]
-    if cell.source != "runs":
-        return f"{cell.value:.0f} ± {cell.std:.0f}" + f" ({''.join(n)})" * len(n)
-    spread = "" if pd.isna(cell.low) else f" [{cell.low:.0f}, {cell.high:.0f}]"
-    return f"{cell.value:.0f}{spread} ({'; '.join(n + [cell.note] * isinstance(cell.note, str) * bool(cell.note))})"
-
-
-def differences(cells):
-    """A line a cell of ours: the columns that it is above, below, or not told apart from."""
-    comparable = cells[(cells["n"] > 1) & cells["std"].notna()]
-    for ours in cells[(cells["source"] == "runs") & (cells["task"] != "all tasks")].itertuples():
-        line = f"- {ours.task}, {ours.env_step:,}, {ours.method}: "
-        others = comparable[(comparable["task"] == ours.task) & (comparable["env_step"] == ours.env_step)]
-        if ours.Index not in others.index:
-            yield line + "not compared: " + (ours.note if pd.isna(ours.value) else "one seed")
-            continue
-        found = {1: [], -1: [], 0: []}
-        for other in others.drop(ours.Index).itertuples():
-            sign = compare((ours.value, ours.std, ours.n), (other.value, other.std, other.n))
-            found[sign].append(other.column)
-        words = zip(("above", "below", "not told apart from"), found.values(), strict=True)
-        yield line + ("; ".join(f"{word} {', '.join(names)}" for word, names in words if names) or "nothing beside it")
-
-
-def markdown(cells):
-    """The table, the differences that can be called so, and what each published column is."""
-    ours = cells["source"] == "runs"
-    published = cells[~ours].drop_duplicates("method").fillna({"protocol": "protocol not stated"})
-    numbered = {method: f"{method} [{i}]" for i, method in enumerate(published["method"], 1)}
-    cells = cells.assign(column=cells["method"].where(ours, cells["method"].map(numbered)))
-    columns = list(cells["column"][ours].unique()) + list(numbered.values())
-    lines = [f"<!-- {MADE_BY} -->", f"| task | env steps | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
-    for (task, step, statistic), row in cells.groupby(["task", "env_step", "statistic"], sort=False):
-        texts = {cell.column: in_cell(cell) for cell in row.itertuples()}
-        where = f"{task}, {statistic}" if task == "all tasks" else task
-        lines.append(f"| {where} | {step:,} | {' | '.join(texts.get(column, '–') for column in columns)} |")
-    lines += [
-        "",
-        "Runs: mean evaluation return [95 % bootstrap interval] (seeds) at exactly that environment step. "
-        "Published: mean ± standard deviation (seeds).",
-        "",
-        "Differences are those whose 95 % Welch t interval excludes 0, without correction for how many are looked at. "
-        "Published columns without their number of seeds are not compared.",
-        "",
-        *differences(cells),
-        "",
-    ]
-    for row in published.itertuples():
-        seeds = "no number of seeds" if pd.isna(row.n) else f"{row.n} seeds"
-        lines.append(f"- {numbered[row.method]}: {seeds}; {row.source}; {row.protocol}")
-    return "\n".join(lines).rstrip() + "\n"
-
-
 def as_pictures(figure):
     """{ending: bytes} of a figure, without the time of day, so that equal runs give equal files."""
     files = {}
@@ -368,7 +256,8 @@ def check_replaceable(path, inputs):
         raise ConfigError(f"--out: {path} is read and would be written over; name another")
     content = path.read_bytes() if path.is_file() else b""
     header = content.partition(b"\n")[0].decode(errors="replace")
-    if MADE_BY.encode() not in content and not header.endswith((",".join(EVALUATION), ",".join(TABLE))):
+    ours = header.endswith(",".join(EVALUATION)) or header.startswith(",".join(TABLE[:3]))
+    if MADE_BY.encode() not in content and not ours:
         raise ConfigError(f"--out: {path} is there and plot.py has not made it; name another")
 
 
@@ -420,7 +309,7 @@ def run():
         lines += [f"no run has logged: {', '.join(absent)}"] * bool(absent)
     else:
         cells = table_cells(frame, args.table or [last_common_step(frame)])
-        files = {".md": markdown(cells).encode(), ".csv": as_csv(cells)}
+        files = {".md": markdown(frame, cells).encode(), ".csv": as_csv(cells)}
     for ending, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file, content=files[ending]: file.write(content))

@@ -14,7 +14,8 @@ import zlib
 
 import numpy as np
 import pandas as pd
-from scipy.stats import trim_mean, ttest_ind_from_stats
+from scipy.stats import t as student_t
+from scipy.stats import trim_mean
 
 from config import UNCHANGING, Config, ConfigError, complete, parse_flags
 from run_folder import find_runs, load_args, load_rows, load_state, load_sweep
@@ -26,7 +27,12 @@ METHOD = [f.name for f in dataclasses.fields(Config) if f.name not in {*UNCHANGI
 BUDGET = {"num_train_steps", "eval_freq", "num_eval_episodes"}  # how long and how often, not which method
 MADE_WITH = ["git_commit", "python", "device_used", "processor", "renderer"]  # of args.json, beside its versions
 RESAMPLES = 20_000  # of the bootstrap: ends of intervals are found to a fiftieth of the standard error
-STATISTICS = {"mean": lambda x: x.mean(-1), "iqm": lambda x: trim_mean(x, 0.25, axis=-1)}  # over the last axis
+MIN_SEEDS = 3  # fewer have no interval
+MAX_RETURN = 1_000
+STATISTICS = {  # of a list of (..., seeds) arrays, one for each task: (...)
+    "mean": lambda tasks: np.mean([scores.mean(-1) for scores in tasks], axis=0),
+    "iqm": lambda tasks: trim_mean(np.concatenate(tasks, axis=-1), 0.25, axis=-1),
+}
 
 
 def read_scores(paths):
@@ -246,32 +252,79 @@ def remarks(frame, names):
             yield f"{' and '.join(twins)} have the same flags on {part['task'].iloc[0]}; --hue with flags joins them"
 
 
-def interval(scores, statistic):
+def measured(part, step, measure):
+    """One number a seed of one curve on one task, of the seeds that were evaluated at exactly `step`.
+
+    Args:
+        part: the rows of that curve and task.
+        step: environment steps.
+        measure: "last", the return at that step, or "outcome", the mean of the evaluations from half of it on.
+
+    Returns:
+        Series by seed.
+    """
+    scores = by_seed(part)
+    if step not in scores.index:
+        return pd.Series(dtype=float)
+    seeds = scores.columns[scores.loc[step].notna()]
+    return scores.loc[step if measure == "last" else step / 2 : step, seeds].mean()
+
+
+def normalised(returns, task):
+    """Returns of a task in units that can be pooled over tasks: 0 is a random policy, 1 the highest return of all.
+
+    Raises:
+        KeyError: the random policy has not been measured on this task.
+    """
+    at_random = published_scores().query("method == 'random policy'").set_index("task")["mean"][task]
+    return (returns - at_random) / (MAX_RETURN - at_random)
+
+
+def resampled(tasks, statistic, rng):
+    """The statistic of RESAMPLES bootstrap draws of seeds within each task; `tasks` is a list of (seeds,) arrays."""
+    draws = [scores[rng.integers(len(scores), size=(RESAMPLES, len(scores)))] for scores in tasks]
+    return STATISTICS[statistic](draws)
+
+
+def interval(tasks, statistic):
     """Ends of the 95 % percentile interval of a statistic, bootstrapped over seeds within each task.
 
     Args:
-        scores: (seeds, tasks) returns.
-        statistic: a name in STATISTICS; it is of all scores together.
+        tasks: a list of (seeds,) arrays of returns, one for each task.
+        statistic: a name in STATISTICS.
 
     Returns:
-        (2,) array; NaN for one seed, of which nothing can be said. Equal scores give equal intervals: the draws are
-        the same in every call.
+        (2,) array; NaN with fewer than MIN_SEEDS seeds on a task. Equal scores give equal intervals: the draws are the
+        same in every call.
     """
-    seeds, tasks = scores.shape
-    if seeds < 2:
+    if min(len(scores) for scores in tasks) < MIN_SEEDS:
         return np.full(2, np.nan)
-    picks = np.random.default_rng(0).integers(seeds, size=(RESAMPLES, seeds, tasks))
-    samples = scores[picks, np.arange(tasks)].reshape(RESAMPLES, -1)
-    return np.percentile(STATISTICS[statistic](samples), [2.5, 97.5])
+    return np.percentile(resampled(tasks, statistic, np.random.default_rng(0)), [2.5, 97.5])
 
 
-def compare(a, b):
-    """1 or -1 where the 95 % Welch t interval of the difference of means, a - b, lies above or below 0, else 0.
+def pooled_difference(a, b, statistic):
+    """Difference of a statistic of two curves over the same tasks, a - b: (value, low, high) as `interval`'s."""
+    value = STATISTICS[statistic](a) - STATISTICS[statistic](b)
+    if min(len(scores) for scores in [*a, *b]) < MIN_SEEDS:
+        return value, np.nan, np.nan
+    rng = np.random.default_rng(0)
+    samples = resampled(a, statistic, rng) - resampled(b, statistic, rng)
+    return value, *np.percentile(samples, [2.5, 97.5])
+
+
+def difference(a, b):
+    """Difference of two means, a - b, and its 95 % Welch t interval.
 
     Args:
-        a, b: (mean, sample standard deviation, number of seeds), two seeds or more.
+        a, b: (mean, sample standard deviation, number of seeds).
+
+    Returns:
+        (value, low, high); ends are NaN with fewer than MIN_SEEDS seeds of either, or no spread to judge by.
     """
-    if a[1] == b[1] == 0:  # no spread to judge by
-        return 0
-    test = ttest_ind_from_stats(*a, *b, equal_var=False)
-    return int(np.sign(test.statistic)) if test.pvalue < 0.05 else 0  # the same as an interval without 0
+    variances = [std**2 / n for _, std, n in (a, b)]
+    value, variance = a[0] - b[0], sum(variances)
+    if min(a[2], b[2]) < MIN_SEEDS or not variance > 0:
+        return value, np.nan, np.nan
+    freedom = variance**2 / sum(v**2 / (n - 1) for v, (_, _, n) in zip(variances, (a, b), strict=True))
+    margin = student_t.ppf(0.975, freedom) * variance**0.5
+    return value, value - margin, value + margin

@@ -13,7 +13,7 @@ FLOORS = [
     {"augment", "config", "frames", "machine", "signals"},
     {"dmc2gym", "journal", "run_folder", "slurm", "video"},
     {"dashboard", "env_worker", "scores", "standing", "utils"},
-    {"encoder", "logger", "processes"},
+    {"encoder", "logger", "processes", "tables"},
     {"checkpoint", "replay_buffer"},
     {"sac", "cody", "decoder"},
     {"agent"},

@@ -8,12 +8,14 @@ import dataclasses
 import gzip
 import json
 import pathlib
+import random
 import statistics
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_ind
 
 import plot
 import scores
@@ -115,10 +117,12 @@ def test_the_thick_line_is_the_mean_and_ends_with_its_shortest_run(sweep):
         "mean of the seeds, 95 % bootstrap interval",
         "uniformly random policy",
     ]
-    (band, _) = [collection.get_paths()[0].vertices for collection in figure.axes[0].collections]
-    last = np.array([values[-1] for values in of_seeds])[:, None]
+    band, of_two_seeds = (collection.get_paths() for collection in figure.axes[0].collections)
+    assert of_two_seeds == []
+    band = band[0].vertices
+    last = np.array([values[-1] for values in of_seeds])
     ends = band[band[:, 0] == 100_000, 1]
-    assert {ends.min(), ends.max()} == {*scores.interval(last, "mean")}
+    assert {ends.min(), ends.max()} == {*scores.interval([last], "mean")}
 
 
 @pytest.mark.parametrize("state", ["stopped", "died"])
@@ -198,89 +202,157 @@ RLIABLE = {
 
 @pytest.mark.parametrize("shape, statistic", RLIABLE)
 def test_intervals_are_those_of_rliable(shape, statistic):
-    values = np.random.default_rng(7).beta(2, 3, shape)
+    tasks = list(np.random.default_rng(7).beta(2, 3, shape).T)
     point, low, high = RLIABLE[shape, statistic]
-    assert scores.STATISTICS[statistic](values.ravel()) == pytest.approx(point, abs=1e-5)
-    assert scores.interval(values, statistic) == pytest.approx([low, high], abs=0.002)
+    assert scores.STATISTICS[statistic](tasks) == pytest.approx(point, abs=1e-5)
+    assert scores.interval(tasks, statistic) == pytest.approx([low, high], abs=0.002)
 
 
-def test_one_seed_has_no_interval():
-    assert np.isnan(scores.interval(np.array([[500.0, 700.0]]), "mean")).all()
+def test_two_seeds_have_no_interval():
+    assert np.isnan(scores.interval([np.array([500.0, 700.0, 600.0]), np.array([5.0, 7.0])], "mean")).all()
+    assert np.isnan(scores.difference((9, 2, 2), (1, 2, 8))[1:]).all()
+    a, b = [np.array([1.0, 2.0])], [np.array([1.0, 2.0, 6.0])]
+    assert scores.pooled_difference(a, b, "mean")[0] == -1.5
+    assert np.isnan(scores.pooled_difference(a, b, "mean")[1:]).all()
 
 
-def test_differences_are_welchs():
-    """By hand: standard error sqrt(4/5 + 9/6) = 1.5166, 8.67 degrees of freedom, whose 97.5 % point lies between those
-    of 8 and 9 in a table, 2.306 and 2.262: a difference counts from between 3.43 and 3.50 on."""
-    b = (7, 3, 6)
-    assert [scores.compare((7 + d, 2, 5), b) for d in (-3.50, -3.43, 0, 3.43, 3.50)] == [-1, 0, 0, 0, 1]
-    assert scores.compare((9, 0, 3), (1, 0, 3)) == 0
+def test_differences_are_scipys_welch():
+    dice = np.random.default_rng(3)
+    a, b = dice.normal(700, 90, 3), dice.normal(500, 20, 5)
+    theirs = ttest_ind(a, b, equal_var=False).confidence_interval()
+    ours = scores.difference(*((x.mean(), x.std(ddof=1), len(x)) for x in (a, b)))
+    assert ours == pytest.approx((a.mean() - b.mean(), *theirs))
+    assert np.isnan(scores.difference((9, 0, 3), (1, 0, 3))[1:]).all()  # no spread to judge by
 
 
-def table_of(path):
-    """{column: text} of each row of a Markdown table."""
-    lines = [line.strip("| ").split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")]
+def test_pooled_differences_are_those_of_a_plain_bootstrap():
+    """Tasks with unequal numbers of seeds count the same, and seeds are drawn within each task."""
+    dice = np.random.default_rng(4)
+    a = [dice.normal(0.8, 0.1, 5), dice.normal(0.3, 0.2, 3)]
+    b = [dice.normal(0.6, 0.1, 4), dice.normal(0.3, 0.2, 3)]
+    draws = random.Random(0)
+
+    def resample(curve):
+        return statistics.fmean(statistics.fmean(draws.choices(task.tolist(), k=len(task))) for task in curve)
+
+    plain = sorted(resample(a) - resample(b) for _ in range(20_000))
+    value, low, high = scores.pooled_difference(a, b, "mean")
+    assert value == pytest.approx((a[0].mean() + a[1].mean() - b[0].mean() - b[1].mean()) / 2)
+    assert (low, high) == pytest.approx((plain[500], plain[19_500]), abs=0.005)
+
+
+def table_of(path, number=0):
+    """{column: text} of each row of one of the tables in a Markdown file."""
+    blocks = [block for block in path.read_text().split("\n\n") if "\n|---" in block]
+    lines = [line.strip("| ").split(" | ") for line in blocks[number].splitlines() if line.startswith("| ")]
     return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
 
 
-def test_table(tmp_path, call):
-    runs = tmp_path / "runs"
+def outcome(returns, steps):
+    """Mean of the evaluations, each 10,000 environment steps, from half of `steps` to `steps`, by a plain loop."""
+    return statistics.fmean(value for i, value in enumerate(returns) if steps / 2 <= 10_000 * i <= steps)
+
+
+@pytest.fixture
+def two_tasks(tmp_path):
+    """Three seeds each of two variants on two tasks, and one run of a third variant on the first task."""
     for domain, task in (("cartpole", "swingup"), ("walker", "walk")):
         flags = f"--domain_name {domain} --task_name {task} --num_train_steps 50000"
         for seed in (1, 2, 3):
-            make_run(runs / f"good/{domain}-{task}/s{seed}", f"{flags} --seed {seed}", noisy(seed, 700))
-            make_run(runs / f"bad/{domain}-{task}/s{seed}", f"{flags} --seed {seed}", noisy(seed, 100))
-    make_run(runs / "lone/cartpole-swingup/s1", "", noisy(1))
-    result = call("plot.py", f"{runs} --table 50000 100000")
+            make_run(tmp_path / f"runs/bad/{domain}-{task}/s{seed}", f"{flags} --seed {seed}", noisy(seed, 100))
+            make_run(tmp_path / f"runs/good/{domain}-{task}/s{seed}", f"{flags} --seed {seed}", noisy(seed, 700))
+    make_run(tmp_path / "runs/lone/cartpole-swingup/s1", "", noisy(1))
+    return tmp_path / "runs"
+
+
+def test_table(two_tasks, call):
+    result = call("plot.py", f"{two_tasks} --table 50000 100000")
     assert result.returncode == 0, result.stderr
-    rows = table_of(runs / "table.md")
-    assert [(row["task"], row["env steps"]) for row in rows] == [
-        ("cartpole-swingup", "50,000"),
-        ("cartpole-swingup", "100,000"),
-        ("walker-walk", "50,000"),
-        ("walker-walk", "100,000"),
-        ("all tasks, mean", "50,000"),
-        ("all tasks, iqm", "50,000"),
-        ("all tasks, mean", "100,000"),
-        ("all tasks, iqm", "100,000"),
-    ]
-    last = [noisy(seed, 700)[10] for seed in (1, 2, 3)]
-    low, high = min(last), max(last)  # of 3 seeds, all three draws the same has a chance of 1/27
-    assert rows[1]["good"] == rows[3]["good"] == f"{statistics.mean(last):.0f} [{low:.0f}, {high:.0f}] (3)"
-    assert rows[1]["lone"] == f"{noisy(1)[10]:.0f} (1)" and rows[3]["lone"] == "– (no run)"
-    assert rows[6]["good"].startswith(f"{statistics.mean(last):.0f} [") and rows[6]["good"].endswith("(3)")
-    assert rows[6]["lone"] == "– (not every task has every seed)"
-    assert rows[1]["CURL [2]"] == "582 ± 146 (10)" and rows[0]["CURL [2]"] == rows[6]["CURL [2]"] == "–"
-    assert rows[0]["random policy [1]"] == rows[1]["random policy [1]"] == "131 ± 69"
-    text = (runs / "table.md").read_text()
+    rows = {(row["task"], row["env steps"], row["measure"]): row for row in table_of(two_tasks / "table.md")}
+    tasks = ("cartpole-swingup", "walker-walk", "all tasks, mean", "all tasks, iqm")
+    steps, measures = ("50,000", "100,000"), ("last", "outcome")
+    assert set(rows) == {(task, step, measure) for task in tasks for step in steps for measure in measures}
+    numbers = {"last": [noisy(seed, 700)[10] for seed in (1, 2, 3)]}
+    numbers["outcome"] = [outcome(noisy(seed, 700), 100_000) for seed in (1, 2, 3)]
+    for measure, of_seeds in numbers.items():
+        # of 3 seeds, all three draws the same has a chance of 1/27
+        expected = f"{statistics.mean(of_seeds):.0f} [{min(of_seeds):.0f}, {max(of_seeds):.0f}] (3)"
+        for task in tasks[:2]:
+            assert rows[task, "100,000", measure]["good"] == expected
+        scaled = [(x - r) / (1000 - r) for x in of_seeds for r in (random_return("cartpole"), random_return("walker"))]
+        pooled = rows["all tasks, mean", "100,000", measure]["good"]
+        assert pooled.startswith(f"{statistics.mean(scaled):.3f} [") and pooled.endswith("] (3)")
+        assert rows["all tasks, mean", "100,000", measure]["lone"].startswith("– (not on every task")
+    row = rows["cartpole-swingup", "100,000", "last"]
+    assert row["lone"] == f"{noisy(1)[10]:.0f} (1)"
+    assert rows["walker-walk", "100,000", "last"]["lone"] == "– (no run)"
+    assert row["CURL [2]"] == "582 ± 146 (10)"
+    assert {rows[key]["CURL [2]"] for key in rows if key[1] == "50,000" or key[2] == "outcome"} == {"–"}
+    assert row["random policy [1]"] == rows["cartpole-swingup", "50,000", "last"]["random policy [1]"] == "131 ± 69"
     assert (
         "- CURL [2]: 10 seeds; CURL paper Table 1, arXiv 2004.04136; evaluation return, action repeats of PlaNet"
-        in text
+        in (two_tasks / "table.md").read_text()
     )
+    cells = {
+        (r["task"], r["env_step"], r["method"], r["measure"]): r for r in csv.DictReader(open(two_tasks / "table.csv"))
+    }
+    for measure, of_seeds in numbers.items():
+        ours = cells["cartpole-swingup", "100000", "good", measure]
+        assert float(ours["value"]) == pytest.approx(statistics.mean(of_seeds))
+        assert float(ours["std"]) == pytest.approx(statistics.stdev(of_seeds)) and ours["n"] == "3"
+    assert cells["walker-walk", "100000", "DrQ", "last"]["source"] == "DrQ paper Table 1, arXiv 2004.13649"
+
+
+def random_return(domain):
+    rows = csv.DictReader(open(scores.PUBLISHED))
+    return next(float(r["mean"]) for r in rows if r["method"] == "random policy" and r["task"].startswith(domain))
+
+
+def test_differences_in_the_table(two_tasks, call):
+    assert call("plot.py", f"{two_tasks} --table 100000").returncode == 0
+    rows = {(row["task"], row["measure"], row["curves"]): row for row in table_of(two_tasks / "table.md", 1)}
+    for measure in ("last", "outcome"):
+        good, bad = (
+            [noisy(seed, top)[10] if measure == "last" else outcome(noisy(seed, top), 100_000) for seed in (1, 2, 3)]
+            for top in (700, 100)
+        )
+        welch = ttest_ind(bad, good, equal_var=False).confidence_interval()
+        value = statistics.mean(bad) - statistics.mean(good)
+        row = rows["cartpole-swingup", measure, "bad − good"]
+        assert row == rows["walker-walk", measure, "bad − good"] | {"task": "cartpole-swingup"}
+        assert (row["difference"], row["seeds"]) == (f"{value:+.0f}", "3, 3")
+        assert row["95 % interval"] == f"[{welch.low:+.0f}, {welch.high:+.0f}]"
+        row = rows["cartpole-swingup", measure, "good − lone"]
+        assert (row["95 % interval"], row["seeds"]) == ("too few seeds", "3, 1")
+        pooled = rows["all tasks, mean", measure, "bad − good"]
+        scaled = statistics.mean(value / (1000 - random_return(domain)) for domain in ("cartpole", "walker"))
+        assert pooled["difference"] == f"{scaled:+.3f}" and pooled["seeds"] == "3, 3"
+        low, high = (float(end) for end in pooled["95 % interval"].strip("[]").split(", "))
+        assert low < scaled < high < 0
+    text = (two_tasks / "table.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("- cartpole-swingup, 100,000, good: ")]
     above, below, alike = line.removeprefix("- cartpole-swingup, 100,000, good: ").split("; ")
-    assert above.startswith("above bad, ") and below.startswith("below ") and alike.startswith("not told apart from ")
-    assert "State SAC" not in line and "lone" not in line  # no seeds, one seed
+    assert above.startswith("above ") and below.startswith("below ") and alike.startswith("indistinguishable from ")
+    assert "State SAC" not in line and "100,000, lone: " not in text  # no seeds, one seed
     # Welch's interval by hand for SPR, 799 +- 42 of 10 seeds
+    last = [noisy(seed, 700)[10] for seed in (1, 2, 3)]
     t = (statistics.mean(last) - 799) / (statistics.variance(last) / 3 + 42**2 / 10) ** 0.5
     assert t < -3 and "SPR" in below
-    assert "- cartpole-swingup, 100,000, lone: not compared: one seed" in text
-    cells = {(r["task"], r["env_step"], r["method"]): r for r in csv.DictReader(open(runs / "table.csv"))}
-    ours = cells["cartpole-swingup", "100000", "good"]
-    assert float(ours["value"]) == pytest.approx(statistics.mean(last))
-    assert float(ours["std"]) == pytest.approx(statistics.stdev(last)) and ours["n"] == "3"
-    assert cells["walker-walk", "100000", "DrQ"]["source"] == "DrQ paper Table 1, arXiv 2004.13649"
 
 
-def test_a_cell_says_what_it_lacks(sweep, tmp_path, call):
+def test_a_cell_says_what_it_lacks(sweep, call):
     call("plot.py", f"{sweep} --table 40000 100000 55555")
-    at_40, at_100, at_55 = table_of(sweep / "table.md")
+    at_40, outcome_at_40, at_100, outcome_at_100, at_55, _ = table_of(sweep / "table.md")
     pair = [noisy(1, 600)[4], noisy(5, 600)[4]]
-    assert at_40["sac"] == f"{sum(pair) / 2:.0f} [{min(pair):.0f}, {max(pair):.0f}] (2; seed 3 missing)"
+    assert at_40["sac"] == f"{sum(pair) / 2:.0f} (2; seed 3 missing)"
+    pair = [outcome(noisy(seed, 600), 40_000) for seed in (1, 5)]
+    assert outcome_at_40["sac"] == f"{sum(pair) / 2:.0f} (2; seed 3 missing)"
     # the seed that is left is shown, and no mean that would flatter
     assert at_100["sac"] == f"– (seed 1: {noisy(1, 600)[10]:.0f}; seed 2 diverged at 40,000; seed 3 missing)"
+    assert outcome_at_100["sac"].endswith("; seed 2 diverged at 40,000; seed 3 missing)")
     assert at_55["cody"] == "– (seeds 1, 2, 3 not evaluated at 55,555)"
-    text = (sweep / "table.md").read_text()
-    assert "- cartpole-swingup, 55,555, cody: not compared: seeds 1, 2, 3 not evaluated at 55,555" in text
+    pairs = table_of(sweep / "table.md", 1)
+    assert {row["env steps"] for row in pairs} == {"40,000"} and pairs[0]["95 % interval"] == "too few seeds"
 
 
 # the first rows of denisyarats/drq data/dmc_planet_bench.csv (MIT licence) and, as in danijar/dreamerv3
@@ -431,11 +503,12 @@ def test_diagnostics(tmp_path, call):
 def test_the_runs_of_this_repository(tmp_path, call):
     result = call("plot.py", f"{ROOT}/results/100k --table --out {tmp_path}/t")
     assert result.returncode == 0, result.stderr
-    row = table_of(tmp_path / "t.md")[0]
-    logs = (ROOT / "results/100k/strided/cartpole-swingup").glob("s*/eval.log")
-    ends = [json.loads(log.read_text().splitlines()[-1])["episode_reward"] for log in logs]
-    assert row["env steps"] == "100,000" and row["strided"].split()[0] == f"{statistics.mean(ends):.0f}"
-    assert row["strided"].split()[-1] == f"({len(ends)})"
+    last, half = table_of(tmp_path / "t.md")
+    logs = [log.read_text() for log in (ROOT / "results/100k/strided/cartpole-swingup").glob("s*/eval.log")]
+    returns = [[json.loads(line)["episode_reward"] for line in log.splitlines()] for log in logs]
+    assert last["env steps"] == "100,000" and last["strided"].split()[-1] == f"({len(logs)})"
+    assert last["strided"].split()[0] == f"{statistics.mean(values[-1] for values in returns):.0f}"
+    assert half["strided"].split()[0] == f"{statistics.mean(outcome(values, 100_000) for values in returns):.0f}"
 
 
 def test_published_scores_have_sources():
