@@ -389,6 +389,7 @@ def test_compiled_updates_agree(small_agent, random_batch, tmp_path, monkeypatch
     flags = f"--num_filters 8 --update_mode {mode}"
     plain, compiled, batch = small_agent(flags), small_agent(f"{flags} --compile"), random_batch()
     assert compiled.encoder.convs._compiled_call_impl and not plain.encoder.convs._compiled_call_impl
+    torch._dynamo.reset()  # what an earlier test has compiled
     torch._dynamo.utils.counters.clear()
     for index in range(2):
         torch.manual_seed(index)
