@@ -160,6 +160,8 @@ class Config:
     # CoDy
     cody_lr: float = 1e-4
     """Adam learning rate of CoDy's own networks."""
+    cody_beta2: float = 0.999
+    """Adam beta2 of CoDy's step; 0.99 or 0.95 forgets old gradients sooner."""
     cody_warmup_updates: int = 0
     """Updates over which CoDy's step grows linearly to its full size."""
     cody_max_grad_norm: float | None = None
@@ -269,7 +271,7 @@ AT_MOST = {  # far beyond what anybody wants, and far below what an integer of t
 }
 POSITIVE = "checkpoint_minutes critic_lr actor_lr alpha_lr encoder_lr cody_lr decoder_lr init_temperature".split()
 FRACTIONS = "critic_tau encoder_tau".split()
-BETAS = "critic_beta actor_beta alpha_beta".split()
+BETAS = "critic_beta actor_beta alpha_beta cody_beta2".split()
 WEIGHTS = "omega_cody_loss beta_cody_loss decoder_latent_lambda decoder_weight_lambda".split()
 
 VARIANTS = (
@@ -277,7 +279,7 @@ VARIANTS = (
     "predictor_layers"
 ).split()
 CODY = "cody_objective beta_cody_loss cody_lr omega_cody_loss".split() + VARIANTS
-CODY += "cody_warmup_updates cody_max_grad_norm cody_grad_ratio".split()
+CODY += "cody_beta2 cody_warmup_updates cody_max_grad_norm cody_grad_ratio".split()
 NOT_SAC_AE = "num_strided_layers target_augmentations critic_augmentations".split()
 DECODER = "decoder_lr decoder_update_freq decoder_latent_lambda decoder_weight_lambda".split()
 PIXELS = (

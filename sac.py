@@ -112,8 +112,8 @@ class SAC(nn.Module):
         self._update = {"sequential": self._sequential, "joint": self._joint}[config.update_mode]
         self._encoder_parameters = list(self.encoder.parameters())  # none with the identity encoder
 
-        def adam(groups, lr=1e-3, beta=0.9):
-            return torch.optim.Adam(groups, lr, (beta, 0.999), fused=True)
+        def adam(groups, lr=1e-3, beta=0.9, beta2=0.999):
+            return torch.optim.Adam(groups, lr, (beta, beta2), fused=True)
 
         joint = config.update_mode == "joint"
         if joint:
@@ -126,7 +126,7 @@ class SAC(nn.Module):
             groups = self.auxiliary.parameter_groups()
             if not joint:
                 groups.append({"params": self._encoder_parameters, "lr": self.auxiliary.encoder_lr})
-            self.auxiliary_optimizer = adam(groups)
+            self.auxiliary_optimizer = adam(groups, beta2=config.cody_beta2)
             self._auxiliary_rates = [group["lr"] for group in groups]
         if config.compile:
             self._compile()

@@ -90,6 +90,7 @@ def test_tasks_outside_the_table_and_other_repeats():
             "--update_mode joint --agent sac_ae --cody_grad_ratio 1",
             "--cody_grad_ratio 1.0: has no effect without --agent cody_sac",
         ),
+        ("--cody_beta2 1", "--cody_beta2 1.0: must be in [0, 1)"),
         ("--cody_warmup_updates -1", "--cody_warmup_updates -1: must not be negative"),
         (
             "--agent sac_ae --num_strided_layers 2",

@@ -211,6 +211,13 @@ def test_the_gradient_scale_is_bounded_and_never_nan(small_agent, random_batch, 
     assert all(torch.isfinite(p).all() for p in agent.parameters())
 
 
+def test_beta2_of_codys_step(small_agent):
+    agent = small_agent("--cody_beta2 0.95")
+    betas = {name: {group["betas"] for group in o.param_groups} for name, o in agent.optimizers.items()}
+    assert betas.pop("auxiliary_optimizer") == {(0.9, 0.95)}
+    assert betas == {name: {group["betas"] for group in small_agent().optimizers[name].param_groups} for name in betas}
+
+
 def test_the_warm_up_begins_with_the_first_update(tmp_path, call, monkeypatch):
     """Which is that of the decision after --init_steps, and may be one of several."""
     rates, step = [], SAC._auxiliary_step
