@@ -68,7 +68,7 @@ class Logger:
         self._divergence_factor = config.divergence_factor
         self._watched = {name: collections.deque(maxlen=MEDIAN_WINDOW) for name in ("kl", "critic_loss")}
         self._warned = False  # in this episode
-        self._collapsed = 0  # readings in a row with collapsed latents
+        self._collapsed = 0  # readings in a row with collapsed latents; at 2 it has been warned of
         # no bar where there is no terminal: then the rows alone, as plain lines
         self._bar = tqdm(total=config.num_train_steps, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
 
@@ -152,10 +152,16 @@ class Logger:
             window.append(means[name])
 
     def _watch_latents(self, step, means):
-        """One line when two readings in a row show collapsed latents, and again only after a healthy one."""
-        updates = (step - self._config.init_steps) * self._config.updates_per_step
+        """One line in a run when two readings in a row show collapsed latents; only LayerNorm gives them a scale."""
+        c = self._config
+        updates = (step - c.init_steps) * c.updates_per_step
+        if self._collapsed == 2 or updates < COLLAPSE_AFTER or (c.agent, c.encoder_type) != ("cody_sac", "pixel"):
+            return
         low = [f"{name} {means[name]:.3g}" for name, bound in COLLAPSED.items() if means.get(name, bound) < bound]
-        self._collapsed = self._collapsed + 1 if low and updates >= COLLAPSE_AFTER else 0
+        if low:
+            self._collapsed += 1
+        elif "latent_rank" in means:  # else between two readings, as before an evaluation
+            self._collapsed = 0
         if self._collapsed == 2:
             self.message(
                 f"warning: {', '.join(low)} at step {step}: latents have collapsed; see docs/troubleshooting.md"

@@ -308,7 +308,7 @@ def run():
         files = as_pictures(figure)
         lines += [f"no run has logged: {', '.join(absent)}"] * bool(absent)
     else:
-        cells = table_cells(frame, args.table or [last_common_step(frame)])
+        cells = table_cells(frame, list(dict.fromkeys(args.table or [last_common_step(frame)])))
         files = {".md": markdown(frame, cells).encode(), ".csv": as_csv(cells)}
     for ending, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)

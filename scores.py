@@ -258,7 +258,8 @@ def measured(part, step, measure):
     Args:
         part: the rows of that curve and task.
         step: environment steps.
-        measure: "last", the return at that step, or "outcome", the mean of the evaluations from half of it on.
+        measure: "last", the return at that step, or "outcome", the mean of the evaluations from half that step up to
+            it, at the steps that all these seeds have.
 
     Returns:
         Series by seed.
@@ -267,7 +268,7 @@ def measured(part, step, measure):
     if step not in scores.index:
         return pd.Series(dtype=float)
     seeds = scores.columns[scores.loc[step].notna()]
-    return scores.loc[step if measure == "last" else step / 2 : step, seeds].mean()
+    return scores.loc[step if measure == "last" else step / 2 : step, seeds].dropna().mean()
 
 
 def normalised(returns, task):

@@ -65,22 +65,24 @@ def cell(part, step, measure):
 
 
 def pooled_returns(part, tasks, step, measure):
-    """Normalised returns of one curve, an array of seeds for each task; None if it lacks one of the tasks."""
+    """Normalised returns of one curve, an array of seeds for each task, and why there are none if there are none."""
     found = []
     for task in tasks:
-        scores, _ = returns_of(part[part["task"] == task], step, measure)
+        scores, note = returns_of(part[part["task"] == task], step, measure)
+        if scores.empty:
+            return None, f"{task}: {note}"
         try:
             found.append(normalised(scores.to_numpy(), task))
         except KeyError:
-            return None
-    return found if all(len(scores) for scores in found) else None
+            return None, f"{task}: no random policy is known"
+    return found, ""
 
 
 def pooled_cell(part, tasks, step, measure, statistic):
     """The statistic of normalised returns over all tasks; `n` is the number of seeds of the task with the fewest."""
-    pooled = pooled_returns(part, tasks, step, measure)
+    pooled, note = pooled_returns(part, tasks, step, measure)
     if pooled is None:
-        return {"note": "not on every task, or a task without a known random policy"}
+        return {"note": note}
     low, high = interval(pooled, statistic)
     n = min(len(scores) for scores in pooled)
     return {"value": STATISTICS[statistic](pooled), "low": low, "high": high, "n": n}
@@ -129,11 +131,11 @@ def differences(frame, cells):
         for a, b in itertools.combinations(row.itertuples(), 2):
             if task == ALL:
                 parts = [frame[frame["curve"] == curve] for curve in (a.method, b.method)]
-                pooled = [pooled_returns(part, tasks, step, measure) for part in parts]
+                pooled = [pooled_returns(part, tasks, step, measure)[0] for part in parts]
                 found, digits, where = pooled_difference(*pooled, statistic), 3, f"{ALL}, {statistic}"
             else:
                 found, digits, where = difference((a.value, a.std, a.n), (b.value, b.std, b.n)), 0, task
-            value, low, high = (f"{number:+.{digits}f}" for number in found)
+            value, low, high = (f"{round(number, digits) + 0:+.{digits}f}" for number in found)  # + 0: no "-0"
             no_interval = "too few seeds" if min(a.n, b.n) < MIN_SEEDS else "no spread"
             between = no_interval if np.isnan(found[1]) else f"[{low}, {high}]"
             columns = (where, f"{step:,}", measure, f"{a.method} − {b.method}", value, between, f"{a.n}, {b.n}")
@@ -144,7 +146,10 @@ def beside_published(cells):
     """A line a curve and step: which published means lie below, above, or too close to its last evaluations."""
     last = cells[(cells["measure"] == "last") & (cells["task"] != ALL) & cells["value"].notna()]
     published = last[(last["source"] != "runs") & (last["n"] >= MIN_SEEDS) & last["std"].notna()]
-    for ours in last[(last["source"] == "runs") & (last["n"] >= MIN_SEEDS)].itertuples():
+    for ours in last[last["source"] == "runs"].itertuples():
+        if ours.n < MIN_SEEDS:
+            yield f"- {ours.task}, {ours.env_step:,}, {ours.method}: too few seeds"
+            continue
         found = {"above": [], "below": [], "indistinguishable from": []}
         for other in published.query("task == @ours.task and env_step == @ours.env_step").itertuples():
             _, low, high = difference((ours.value, ours.std, ours.n), (other.value, other.std, other.n))
@@ -171,9 +176,9 @@ def markdown(frame, cells):
         lines.append(f"| {where} | {step:,} | {measure} | {' | '.join(texts.get(column, '–') for column in columns)} |")
     lines += [
         "",
-        "last: the evaluation at exactly that environment step. outcome: mean of a run's evaluations from half of that "
-        "step on. Runs: mean over seeds [95 % bootstrap interval] (seeds). Published: mean ± standard deviation "
-        "(seeds). All tasks: (return − random policy) / (1000 − random policy).",
+        "last: the evaluation at exactly that environment step. outcome: mean of a run's evaluations from half that "
+        "step up to it. Runs: mean over seeds [95 % bootstrap interval] (seeds). Published: mean ± standard "
+        "deviation (seeds). All tasks: (return − random policy) / (1000 − random policy).",
     ]
     if pairs := list(differences(frame, cells)):
         lines += [

@@ -282,7 +282,7 @@ def test_table(two_tasks, call):
         scaled = [(x - r) / (1000 - r) for x in of_seeds for r in (random_return("cartpole"), random_return("walker"))]
         pooled = rows["all tasks, mean", "100,000", measure]["good"]
         assert pooled.startswith(f"{statistics.mean(scaled):.3f} [") and pooled.endswith("] (3)")
-        assert rows["all tasks, mean", "100,000", measure]["lone"].startswith("– (not on every task")
+        assert rows["all tasks, mean", "100,000", measure]["lone"] == "– (walker-walk: no run)"
     row = rows["cartpole-swingup", "100,000", "last"]
     assert row["lone"] == f"{noisy(1)[10]:.0f} (1)"
     assert rows["walker-walk", "100,000", "last"]["lone"] == "– (no run)"
@@ -333,11 +333,24 @@ def test_differences_in_the_table(two_tasks, call):
     (line,) = [line for line in text.splitlines() if line.startswith("- cartpole-swingup, 100,000, good: ")]
     above, below, alike = line.removeprefix("- cartpole-swingup, 100,000, good: ").split("; ")
     assert above.startswith("above ") and below.startswith("below ") and alike.startswith("indistinguishable from ")
-    assert "State SAC" not in line and "100,000, lone: " not in text  # no seeds, one seed
+    assert "State SAC" not in line and "- cartpole-swingup, 100,000, lone: too few seeds" in text
     # Welch's interval by hand for SPR, 799 +- 42 of 10 seeds
     last = [noisy(seed, 700)[10] for seed in (1, 2, 3)]
     t = (statistics.mean(last) - 799) / (statistics.variance(last) / 3 + 42**2 / 10) ** 0.5
     assert t < -3 and "SPR" in below
+
+
+def test_the_outcome_is_of_evaluations_that_all_seeds_have(tmp_path, call):
+    for seed in (1, 2, 3):
+        folder = tmp_path / f"v/cartpole-swingup/s{seed}"
+        make_run(folder, f"--seed {seed}", noisy(seed))
+        if seed == 2:  # torn rows, from 60,000 to 90,000
+            rows = (folder / "eval.log").read_text().splitlines(keepends=True)
+            (folder / "eval.log").write_text("".join(rows[:6] + rows[10:]))
+    assert "not in the aggregate: 60,000, 70,000" in call("plot.py", f"{tmp_path} --table 100000 100000").stdout
+    rows = table_of(tmp_path / "table.md")
+    expected = statistics.mean((noisy(seed)[5] + noisy(seed)[10]) / 2 for seed in (1, 2, 3))
+    assert [row["measure"] for row in rows] == ["last", "outcome"] and rows[1]["v"].startswith(f"{expected:.0f} [")
 
 
 def test_a_cell_says_what_it_lacks(sweep, call):
