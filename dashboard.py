@@ -12,7 +12,7 @@ from tensorboard.plugins.hparams import summary_v2 as hp
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from config import UNCHANGING
-from run_folder import write_whole
+from storage.run_folder import write_whole
 
 # a page sorts the groups by name: charts, losses, metrics, speed, then what is slow to load, visual and weights
 CHARTS = ("eval_episode_reward", "train_episode_reward", "mi_bound", "kl")

@@ -18,6 +18,7 @@ import numpy as np
 from gymnasium.wrappers import FrameStackObservation, TransformObservation
 
 import dmc2gym
+import rendering
 from machine import available_cores
 from signals import Stopped, kept_from_children
 
@@ -143,7 +144,7 @@ class WorkerEnv(Restorable):
     """
 
     def __init__(self, config, seed):
-        dmc2gym.select_gl_backend(required=config.encoder_type != "identity")  # for all workers, which inherit it
+        rendering.select_gl_backend(required=config.encoder_type != "identity")  # for all workers, which inherit it
         self._made_of = config, seed
         self._spaces = None
         self.obs = None  # the last observation

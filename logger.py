@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import dashboard
-from run_folder import load_rows, run_id
+from storage.run_folder import load_rows, run_id
 
 # name in the logs -> column on the console, as the released code's logger shows them
 TRAIN_COLUMNS = {

@@ -1,11 +1,17 @@
-"""What this machine lets a process have, in a container less than it has: memory and cores. Needs no torch."""
+"""What this machine lets a process have: memory, cores, devices. Each function imports torch itself, if it needs it."""
 
 import ctypes
+import importlib.util
 import math
 import os
 import pathlib
+import shutil
+import statistics
+import time
 
 import psutil
+
+from config import ConfigError
 
 
 def keep_freed_memory():
@@ -89,3 +95,51 @@ def available_cores(root="/"):
         if quota > 0 and period > 0:
             cores = min(cores, math.ceil(quota / period))
     return cores
+
+
+def limit_threads():
+    """Let torch use at most `available_cores` threads; fewer, where OMP_NUM_THREADS says so."""
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+
+
+def bf16_time_ratio(batch=8, repeats=3):
+    """Time of one of the default encoder's convolutions, forward and backward, in bfloat16 over float32, on CPU.
+
+    Below 1 on processors with fast bfloat16, up to 80 on those without; draws no random numbers.
+    """
+    import torch
+
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(batch, 32, 39, 39).to(dtype, memory_format=torch.channels_last).requires_grad_()
+        weight = torch.ones(32, 32, 3, 3).to(dtype, memory_format=torch.channels_last).requires_grad_()
+        taken = []
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
+            torch.conv2d(x, weight).sum().backward()
+            taken.append(time.perf_counter() - start)
+        times[dtype] = statistics.median(taken[1:])  # the first prepares
+    return times[torch.bfloat16] / times[torch.float32]
+
+
+def choose_device(name):
+    """The torch device that `--device` names."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this torch finds no CUDA device; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_machine(config, device):
+    """Raise `ConfigError` if this machine lacks what a flag needs."""
+    if config.replay_device == "cuda" and device.type != "cuda":
+        raise ConfigError(f"--replay_device cuda: the networks run on {device}; use auto or cpu")
+    variable, compiler = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
+    if config.compile and not shutil.which(os.environ.get(variable, compiler)):
+        raise ConfigError(f"--compile: needs a compiler and finds none; install {compiler}")
+    # a folder of that name, as the package leaves behind, has no origin
+    if config.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):
+        raise ConfigError(f"--wandb {config.wandb}: the package is not installed; pip install wandb")

@@ -18,11 +18,11 @@ import gymnasium
 import numpy as np
 import torch
 
-import journal
 import signals
-from frames import PackedFrames, RawFrames, flat, moved
 from machine import available_memory
-from run_folder import CHECKPOINT, load_config
+from storage import journal
+from storage.frames import PackedFrames, RawFrames, flat, moved
+from storage.run_folder import CHECKPOINT, load_config
 
 PACKED_BYTES = 5_000  # of a packed frame: an estimate, cartpole has 1,600 and walker 11,000
 WATCHED = 100  # frames between two looks at the memory that is left

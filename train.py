@@ -22,16 +22,17 @@ import time
 import torch
 
 import dmc2gym
+import rendering
 from agent import make_agent
-from checkpoint import Checkpoints, save_model
 from config import ConfigError, exit_with, leave
 from env_worker import WorkerDeath, open_env, open_eval_envs
-from evaluate import check_machine, choose_device, eval_seed, evaluate, summary
+from episodes import eval_seed, evaluate, summary
 from logger import Logger, prepare_console
-from machine import keep_freed_memory
+from machine import bf16_time_ratio, check_machine, choose_device, keep_freed_memory, limit_threads
 from replay_buffer import ReplayBuffer
-from run_folder import CHECKPOINT, DIVERGED, TOO_EARLY, Over, RunFolder, parse_run
-from utils import GlobalRandomness, bf16_time_ratio, limit_threads, provenance, seed_everything
+from storage.checkpoint import Checkpoints, save_model
+from storage.run_folder import CHECKPOINT, DIVERGED, TOO_EARLY, Over, RunFolder, parse_run, provenance
+from utils import GlobalRandomness, seed_everything
 from video import save_video
 
 
@@ -142,7 +143,7 @@ def build(config, device):
     """
     seed_everything(config.seed)
     if config.save_video:
-        dmc2gym.select_gl_backend()  # a run on states draws nothing else
+        rendering.select_gl_backend()  # a run on states draws nothing else
     env, eval_envs = open_env(config, config.seed), open_eval_envs(config, config.num_eval_episodes)
     env.action_space.seed(config.seed)
     signals.check()  # what came so far has taken seconds, and what follows does
@@ -161,7 +162,7 @@ def build(config, device):
 def describe(config, device, replay):
     """What a run says of itself first: seed, threads, device, precision, what draws, memory of the replay."""
     backend = os.environ.get("MUJOCO_GL")
-    drawn = f"drawn by {backend}, {dmc2gym.renderer(backend)}"
+    drawn = f"drawn by {backend}, {rendering.renderer(backend)}"
     sees = f"frames {drawn}"
     if config.encoder_type == "identity":
         sees = f"states, videos {drawn}" if config.save_video else "states"

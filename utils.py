@@ -1,22 +1,10 @@
-"""Small tools of no file in particular: seeds, threads, provenance, weight initialisation, soft update, MLPs."""
+"""Small tools of networks: seeds, weight initialisation, soft update, MLPs, gradient norms."""
 
-import importlib.metadata
-import os
-import pathlib
 import random
-import statistics
-import subprocess
-import sys
-import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-
-import dmc2gym
-from machine import available_cores
-from signals import kept_from_children
 
 
 def seed_everything(seed):
@@ -45,61 +33,6 @@ class GlobalRandomness:
         torch.set_rng_state(state["torch"])
         if torch.cuda.is_available() and state["cuda"]:  # none, if the run has been on the CPU until now
             torch.cuda.set_rng_state(state["cuda"][0])
-
-
-def git_commit():
-    """Commit hash of the code, "+" appended if tracked files differ from it; None outside a git checkout."""
-
-    def git(*args):
-        here = pathlib.Path(__file__).resolve().parent
-        with kept_from_children():
-            done = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def provenance(device):
-    """What this process computes with, for args.json; results are bit for bit the same only where all of it is."""
-    packages = ("torch", "mujoco", "dm_control", "gymnasium", "numpy")
-    cuda = device.type == "cuda"
-    backend = os.environ.get("MUJOCO_GL")
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "python": sys.version.split()[0],
-        "device_used": str(device),
-        "processor": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "mujoco_gl": backend,
-        "renderer": dmc2gym.renderer(backend),
-        "git_commit": git_commit(),
-    }
-
-
-def limit_threads():
-    """Let torch use at most `available_cores` threads; fewer, where OMP_NUM_THREADS says so."""
-    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
-
-
-def bf16_time_ratio(batch=8, repeats=3):
-    """Time of one of the default encoder's convolutions, forward and backward, in bfloat16 over float32, on CPU.
-
-    Below 1 on processors with fast bfloat16, up to 80 on those without; draws no random numbers.
-    """
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(batch, 32, 39, 39).to(dtype, memory_format=torch.channels_last).requires_grad_()
-        weight = torch.ones(32, 32, 3, 3).to(dtype, memory_format=torch.channels_last).requires_grad_()
-        taken = []
-        for _ in range(1 + repeats):
-            start = time.perf_counter()
-            F.conv2d(x, weight).sum().backward()
-            taken.append(time.perf_counter() - start)
-        times[dtype] = statistics.median(taken[1:])  # the first prepares
-    return times[torch.bfloat16] / times[torch.float32]
 
 
 def mlp(input_dim, hidden_dim, output_dim, hidden_layers):

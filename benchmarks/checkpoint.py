@@ -22,12 +22,12 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from checkpoint import Checkpoints  # noqa: E402
 from config import ConfigError, exit_with, parse, parse_flags  # noqa: E402
 from dmc2gym import EnvError  # noqa: E402
-from evaluate import choose_device  # noqa: E402
-from machine import keep_freed_memory  # noqa: E402
-from utils import GlobalRandomness, git_commit, limit_threads  # noqa: E402
+from machine import choose_device, keep_freed_memory, limit_threads  # noqa: E402
+from storage.checkpoint import Checkpoints  # noqa: E402
+from storage.run_folder import git_commit  # noqa: E402
+from utils import GlobalRandomness  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,8 +26,9 @@ from torch import nn
 
 from agent import make_agent
 from config import ConfigError, exit_with, parse_flags
-from machine import keep_freed_memory
-from utils import git_commit, limit_threads, seed_everything
+from machine import keep_freed_memory, limit_threads
+from storage.run_folder import git_commit
+from utils import seed_everything
 
 COMMIT = "0ce9f0f"
 HOW = f"needs git clone https://github.com/BangYou01/DY2P and git -C DY2P checkout {COMMIT}"

@@ -37,10 +37,10 @@ from agent import make_agent  # noqa: E402
 from config import ConfigError, exit_with, parse, parse_flags  # noqa: E402
 from dmc2gym import EnvError  # noqa: E402
 from env_worker import open_env  # noqa: E402
-from evaluate import choose_device  # noqa: E402
-from machine import keep_freed_memory  # noqa: E402
+from machine import bf16_time_ratio, choose_device, keep_freed_memory, limit_threads  # noqa: E402
 from replay_buffer import ReplayBuffer  # noqa: E402
-from utils import bf16_time_ratio, git_commit, limit_threads, seed_everything  # noqa: E402
+from storage.run_folder import git_commit  # noqa: E402
+from utils import seed_everything  # noqa: E402
 
 REPLAY = 2000  # transitions to sample from
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -11,8 +11,8 @@ from conftest import make_replay
 from test_replay_buffer import FRAME, Plain, assert_same_content, stream
 from test_train import on_a_full_disk
 
-from checkpoint import Checkpoints
 from config import ConfigError
+from storage.checkpoint import Checkpoints
 
 
 class Part:
@@ -191,7 +191,7 @@ def test_what_bit_equality_depends_on(saved, tmp_path):
 def test_how_often(tmp_path, monkeypatch):
     """Each 10 minutes; after an evaluation unless it would cost over 2 %."""
     now = [0.0]
-    monkeypatch.setattr("checkpoint.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("storage.checkpoint.time.monotonic", lambda: now[0])
     checkpoints, part, replay = open_run(tmp_path)
     saves = []
     monkeypatch.setattr(checkpoints, "save", lambda: saves.append(now[0]))
@@ -208,7 +208,7 @@ def test_how_often(tmp_path, monkeypatch):
 
 def test_old_segments_go(tmp_path, monkeypatch):
     """Those that no kept checkpoint needs."""
-    monkeypatch.setattr("journal.SEGMENT_BYTES", 1000)
+    monkeypatch.setattr("storage.journal.SEGMENT_BYTES", 1000)
     checkpoints, part, _ = open_run(tmp_path)
     replay = checkpoints._parts["replay"] = make_replay(40, FRAME, 2)
     replay.open_journal(tmp_path / "checkpoint")

@@ -12,8 +12,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import dmc2gym
+import rendering
 
-dmc2gym.select_gl_backend()  # before dm_control is imported
+rendering.select_gl_backend()  # before dm_control is imported
 
 from dm_control import suite  # noqa: E402
 
@@ -144,9 +145,9 @@ def test_unknown_task_lists_the_nearest(domain, task, nearest):
 
 def backend_in_a_new_process(**environment):
     code = (
-        "import dmc2gym\n"
+        "import dmc2gym, rendering\n"
         "try:\n"
-        "    backend = dmc2gym.select_gl_backend()\n"
+        "    backend = rendering.select_gl_backend()\n"
         "    assert dmc2gym.make('cartpole', 'swingup', from_pixels=True).reset()[0].any()\n"
         "    print(backend)\n"
         "except dmc2gym.EnvError as error: print('error:', error)"
@@ -158,7 +159,7 @@ def backend_in_a_new_process(**environment):
 
 
 def test_rendering_backend():
-    usable = dmc2gym.select_gl_backend()  # what these tests draw with
+    usable = rendering.select_gl_backend()  # what these tests draw with
     assert backend_in_a_new_process() == usable
     assert backend_in_a_new_process(MUJOCO_GL=usable) == usable
     assert backend_in_a_new_process(PYOPENGL_PLATFORM="other") == usable
@@ -168,13 +169,13 @@ def test_rendering_backend():
 
 
 def test_no_usable_backend_names_the_packages(monkeypatch):
-    monkeypatch.setattr(dmc2gym, "renderer", lambda backend: None)
+    monkeypatch.setattr(rendering, "renderer", lambda backend: None)
     monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
     monkeypatch.delitem(sys.modules, "dm_control")
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
     with pytest.raises(dmc2gym.EnvError) as error:
-        dmc2gym.select_gl_backend()
+        rendering.select_gl_backend()
     assert str(error.value) == (
         "MUJOCO_GL is not set, tried egl, osmesa: cannot render; install the Debian packages "
         "libegl1 libgl1-mesa-dri (egl) or libosmesa6 (osmesa)"

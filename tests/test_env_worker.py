@@ -17,7 +17,7 @@ from conftest import make_replay, run_loop
 from config import parse
 from dmc2gym import CAMERAS, EnvError, make
 from env_worker import PHYSICS_ERRORS, SerialEnv, WorkerEnv
-from evaluate import evaluate
+from episodes import evaluate
 from logger import Logger
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -142,7 +142,7 @@ def test_what_cannot_draw_is_one_line(tmp_path, setting, line):
 
 def test_capitals_name_a_backend():
     script = (
-        "import dmc2gym; print(dmc2gym.select_gl_backend()); from dm_control import _render; print(_render.BACKEND)"
+        "import rendering; print(rendering.select_gl_backend()); from dm_control import _render; print(_render.BACKEND)"
     )
     environment = {**os.environ, "MUJOCO_GL": "EGL"}
     result = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True)

@@ -1,45 +1,69 @@
-"""The structure: imports go downwards, one list of packages, no package unused or unlisted."""
+"""The structure: five rules about imports, one list of packages, no package unused or unlisted."""
 
 import ast
 import pathlib
 import sys
 
+import pytest
 import yaml
 
 ROOT = pathlib.Path(__file__).parent.parent
-FILES = {path.stem: path for path in ROOT.glob("*.py")}
-# a file imports only from floors below its own
-FLOORS = [
-    {"augment", "config", "frames", "machine", "signals"},
-    {"dmc2gym", "journal", "run_folder", "slurm", "video"},
-    {"dashboard", "env_worker", "scores", "standing", "utils"},
-    {"encoder", "logger", "processes", "tables"},
-    {"checkpoint", "replay_buffer"},
-    {"sac", "cody", "decoder"},
-    {"agent"},
-    {"evaluate"},
-    {"plot", "train"},
-    {"sweep"},
-]
+FOLDERS = ("storage", "experiments")
+FILES = {  # module: path
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]
+}
+COMMANDS = {"train", "evaluate", "sweep", "plot"}
+NETWORKS = {"sac", "cody", "decoder", "encoder", "augment", "utils", "agent"}
+STORAGE = {name for name in FILES if name.startswith("storage.")}
+EXPERIMENTS = {name for name in FILES if name.startswith("experiments.")}
+ENVIRONMENTS = {"dmc2gym", "env_worker", "rendering"}
 
 
-def imports(path):
-    """Top-level names of all modules that a file imports."""
+def imports(path, inside=True):
+    """All modules that a file imports; with `inside` in its functions too."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if inside else tree.body:
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
-def test_imports_go_down():
-    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
-    assert set(floor) == set(FILES)
-    for name, path in FILES.items():
-        for imported in imports(path) & set(FILES):
-            assert floor[imported] < floor[name], f"{name}.py imports {imported}.py"
+def reached(name, inside=True, seen=None):
+    """The modules of this project, and the packages, that importing `name` brings in."""
+    seen = set() if seen is None else seen
+    for imported in imports(FILES[name], inside) - seen:
+        seen.add(imported)
+        if imported in FILES:
+            reached(imported, inside, seen)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "who, whom",
+    [
+        (NETWORKS, STORAGE | ENVIRONMENTS),
+        (STORAGE, EXPERIMENTS),
+        ({"train"}, EXPERIMENTS),
+        (set(FILES), COMMANDS),
+    ],
+    ids=["networks", "storage", "train", "commands"],
+)
+def test_nothing_reaches_what_it_must_not(who, whom):
+    for name in who:
+        assert not reached(name) & whom, f"{name} imports {reached(name) & whom}"
+
+
+def test_workers_do_without_torch():
+    assert "torch" not in reached("env_worker", inside=False)
+
+
+def test_there_are_no_circles():
+    for name in FILES:
+        assert name not in reached(name)
 
 
 def requirements(file):
@@ -51,7 +75,8 @@ def test_packages_are_pinned_and_used():
     lines = requirements("requirements.txt")
     assert all("==" in line for line in lines)
     listed = {line.split("==")[0] for line in lines}
-    used = set().union(*(imports(path) for path in FILES.values())) - set(FILES) - set(sys.stdlib_module_names)
+    used = {name.split(".")[0] for path in FILES.values() for name in imports(path)}
+    used -= {name.split(".")[0] for name in FILES} | set(sys.stdlib_module_names)
     modules = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}
     needed_by_others = {"mujoco"}  # pinned for dm_control
     optional = {"wandb"}

@@ -9,8 +9,7 @@ import psutil
 import pytest
 import torch
 
-from machine import available_cores, available_memory
-from utils import bf16_time_ratio
+from machine import available_cores, available_memory, bf16_time_ratio
 
 GB = 10**9
 
@@ -88,7 +87,7 @@ def test_quota_of_cores(tmp_path, monkeypatch, cgroup, files, cores):
 
 
 def test_threads_are_those_of_the_affinity():
-    script = "import os, torch, utils; os.sched_setaffinity(0, {0}); utils.limit_threads()"
+    script = "import os, torch, machine; os.sched_setaffinity(0, {0}); machine.limit_threads()"
     script += "; print(torch.get_num_threads())"
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)

@@ -18,8 +18,8 @@ import pytest
 from scipy.stats import ttest_ind
 
 import plot
-import scores
 from config import Config, ConfigError, complete, parse
+from experiments import scores
 
 ROOT = pathlib.Path(__file__).parent.parent
 MADE_WITH = {"versions": {"torch": "2.13.0", "numpy": "2.2.6"}, "device_used": "cpu", "git_commit": "a" * 40}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import make_replay
 
-import journal
-from frames import flat, pack, unpack
+from storage import journal
+from storage.frames import flat, pack, unpack
 
 FRAME = (3, 6, 5)
 

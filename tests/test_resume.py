@@ -14,14 +14,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
 import env_worker
-import journal
 import logger
 import replay_buffer
-import run_folder
 import sac
 import train
+from storage import checkpoint, journal, run_folder
 
 # 10 decisions an episode
 FLAGS = (

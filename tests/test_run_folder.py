@@ -13,12 +13,12 @@ import time
 import pytest
 from test_resume import STATES, curves, rows
 
-import run_folder
 import train
 from config import UNCHANGING, Config, ConfigError
 from logger import Logger
 from replay_buffer import ReplayBuffer
-from run_folder import RunFolder, find_runs, is_written, load_state, load_status, parse_run
+from storage import run_folder
+from storage.run_folder import RunFolder, find_runs, is_written, load_state, load_status, parse_run
 
 SHORT = STATES.replace("--num_train_steps 26", "--num_train_steps 16").replace(" --keep_checkpoint", "")
 

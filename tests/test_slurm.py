@@ -9,7 +9,7 @@ import pytest
 from conftest import SMALL
 from slurm_cluster import cluster, missing
 
-from run_folder import find_runs, load_rows, load_state
+from storage.run_folder import find_runs, load_rows, load_state
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIMES = ("duration", "decisions_per_s", "updates_per_s", "wall_seconds")

@@ -21,12 +21,11 @@ import psutil
 import pytest
 from conftest import SMALL
 
-import dmc2gym
-import processes
-import standing
+import rendering
 import sweep
-from run_folder import find_runs, is_written, load_args, load_rows, load_state, load_status
-from slurm import fill
+from experiments import grid, processes, status
+from experiments.slurm import fill
+from storage.run_folder import find_runs, is_written, load_args, load_rows, load_state, load_status
 
 ROOT = pathlib.Path(__file__).parent.parent
 STAND_IN = """
@@ -34,7 +33,7 @@ import contextlib, json, os, sys, time
 sys.path.insert(0, ROOT)
 import signals
 from config import ConfigError, exit_with, leave
-from run_folder import Over, RunFolder, parse_run
+from storage.run_folder import Over, RunFolder, parse_run
 
 signals.listen()
 try:
@@ -78,12 +77,11 @@ with open(folder.path / "times", "a") as file:
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working folder, where sweep.py starts the stand-in; the folder of the sweep `a`."""
-    dmc2gym.select_gl_backend()  # before the sweep, which draws nothing, has dm_control without a renderer: the tests
+    rendering.select_gl_backend()  # before the sweep, which draws nothing, has dm_control without a renderer: the tests
     importlib.import_module("dm_control.suite")  # that come later in this process make environments
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "train.py").write_text(STAND_IN.replace("ROOT", repr(str(ROOT))))
-    shutil.copytree(ROOT / "sweeps", tmp_path / "code" / "sweeps")
-    monkeypatch.setattr(processes, "HERE", tmp_path / "code")
+    monkeypatch.setattr(grid, "HERE", tmp_path / "code")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -93,8 +91,8 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def start(here):
     """Factory: sweep.py on the stand-in as a process of its own, like a user's; nothing of it outlives the test."""
-    script = "import pathlib, processes, signals, sweep; signals.listen()\nprocesses.HERE = pathlib.Path('code')\n"
-    script += "sweep.main()"
+    script = "import pathlib, signals, sweep; from experiments import grid; signals.listen()\n"
+    script += "grid.HERE = pathlib.Path('code'); sweep.main()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     begun = []
 
@@ -189,12 +187,12 @@ def test_variants(here, call, monkeypatch):
 
 @pytest.mark.parametrize("file", ["ablation.txt", "100k.txt"])
 def test_shipped_variants(here, call, file):
-    lines = [line for line in (ROOT / "sweeps" / file).read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in (ROOT / "experiments" / file).read_text().splitlines() if not line.startswith("#")]
     if file == "ablation.txt":  # SAC from states has no pixels to share
-        result = call("sweep.py", f"--name a --dry_run --variants {ROOT / 'sweeps' / file} -- --update_mode joint")
+        result = call("sweep.py", f"--name a --dry_run --variants {ROOT / 'experiments' / file} -- --update_mode joint")
         assert result.returncode == 2 and result.stderr.startswith("sweep.py: error: --update_mode joint: ")
         assert result.stderr.endswith(" (in variant state)\n")
-    result = call("sweep.py", f"--name a --dry_run --variants {ROOT / 'sweeps' / file}")
+    result = call("sweep.py", f"--name a --dry_run --variants {ROOT / 'experiments' / file}")
     assert result.stdout.splitlines()[-1] == f"{len(lines)} runs to do, 0 over"
 
 
@@ -322,7 +320,7 @@ def spans(folder):
 
 def test_jobs_share_the_machine(here, call, monkeypatch):
     monkeypatch.setattr(processes, "available_cores", lambda: 7)
-    monkeypatch.setattr(processes.dmc2gym, "egl_devices", lambda: 5)  # so the sixth GPU computes but cannot draw
+    monkeypatch.setattr(processes.rendering, "egl_devices", lambda: 5)  # so the sixth GPU computes but cannot draw
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert call("sweep.py", "--name a --jobs 3 -- --seed 6 --omega_cody_loss 1,2,3,4,5").returncode == 0
     moments = sorted([(begin, 1) for begin, _ in spans(here)] + [(end, -1) for _, end in spans(here)])
@@ -422,12 +420,12 @@ def test_a_run_that_ends_before_it_begins(here, call, script, state, word):
     assert call("sweep.py", "--name a -- --seed 0").returncode == 1
     result = call("sweep.py", f"--status {here}")
     assert [load_state(run) for run in find_runs(here)] == [state]
-    assert word in result.stdout and result.stdout.endswith(f"1 {standing.look(find_runs(here)[0]).state}\n")
+    assert word in result.stdout and result.stdout.endswith(f"1 {status.look(find_runs(here)[0]).state}\n")
 
 
 def test_only_runs_that_change_are_read(here, call, monkeypatch):
     """Logs of many finished runs, read every two seconds, would keep a core busy."""
-    looks, look = [], standing.look
+    looks, look = [], status.look
 
     def noted(run):
         looks.append((run.name, look(run).state))
@@ -590,9 +588,9 @@ def test_a_reader_that_goes_away(here, start):
 
 def test_a_narrow_terminal(capsys):
     """The names are wrapped, what is said of them is whole."""
-    run = standing.Standing("finished", 63_000, 63_000, 1000.0, None, "")
-    console = standing.Lines(width=60)
-    console.print(standing.report({f"omega_cody_loss=0.0{k},cody_lr=1e-4/ball_in_cup-catch/s1": run for k in (1, 2)}))
+    run = status.Standing("finished", 63_000, 63_000, 1000.0, None, "")
+    console = status.Lines(width=60)
+    console.print(status.report({f"omega_cody_loss=0.0{k},cody_lr=1e-4/ball_in_cup-catch/s1": run for k in (1, 2)}))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 60
     assert sum("finished  63,000 of 63,000    1000" in line for line in lines) == 2
@@ -610,7 +608,7 @@ def test_no_cluster(here, call, monkeypatch):
 
 def test_batch_scripts_that_cannot_work(here, call, cluster):
     script = here.parent.parent / "mine.sh"
-    script.write_text((ROOT / "sweeps" / "slurm.sh").read_text().replace("@ARRAY@", "0-1"))
+    script.write_text((ROOT / "experiments" / "slurm.sh").read_text().replace("@ARRAY@", "0-1"))
     for words, line in (
         ("--slurm_script mine.sh", "--slurm_script mine.sh: @ARRAY@ is missing in it"),
         ("--slurm_script none.sh", "--slurm_script none.sh: No such file or directory"),
@@ -623,7 +621,7 @@ def test_batch_scripts_that_cannot_work(here, call, cluster):
 
 def test_options_of_sbatch_may_be_quoted():
     values = dict.fromkeys(["name", "array", "folder", "here", "python", "sweep", "number"], "x")
-    script = fill(ROOT / "sweeps" / "slurm.sh", options='--constraint="a100|h100" --mem=8G', **values)
+    script = fill(ROOT / "experiments" / "slurm.sh", options='--constraint="a100|h100" --mem=8G', **values)
     assert '#SBATCH --constraint="a100|h100" --mem=8G\n' in script
 
 

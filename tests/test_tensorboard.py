@@ -22,7 +22,7 @@ import dashboard
 import logger as logger_module
 from config import Config, ConfigError, parse
 from logger import Logger
-from run_folder import RunFolder, load_status, run_id
+from storage.run_folder import RunFolder, load_status, run_id
 
 ROOT = pathlib.Path(__file__).parent.parent
 LOSSES = {"critic_loss": 3.0, "actor_loss": -9.0, "cody_loss": 2.0, "info_nce": 1.0, "mi_bound": 4.0, "kl": 20.0}

@@ -24,17 +24,16 @@ import torch
 from conftest import make_replay, run_loop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
 import evaluate
-import journal
 import train
-from checkpoint import Checkpoints
 from config import Config, parse
-from evaluate import eval_seed
+from episodes import eval_seed
 from logger import Logger, prepare_console
 from replay_buffer import ReplayBuffer
-from run_folder import RunFolder, load_config, load_status
 from sac import SAC
+from storage import checkpoint, journal
+from storage.checkpoint import Checkpoints
+from storage.run_folder import RunFolder, load_config, load_status
 from video import save_video
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -13,7 +13,7 @@ import pathlib
 
 import numpy as np
 
-from frames import flat, pack, unpack
+from storage.frames import flat, pack, unpack
 
 SEGMENT_BYTES = 1 << 26
 SUFFIX = ".replay"

@@ -18,9 +18,10 @@ from scipy.stats import t as student_t
 from scipy.stats import trim_mean
 
 from config import UNCHANGING, Config, ConfigError, complete, parse_flags
-from run_folder import find_runs, load_args, load_rows, load_state, load_sweep
+from storage.run_folder import find_runs, load_args, load_rows, load_state, load_sweep
 
-PUBLISHED = pathlib.Path(__file__).resolve().parent / "results" / "published_scores.csv"
+MADE_BY = "plot.py of CoDy"  # in every picture and table that may be written over
+PUBLISHED = pathlib.Path(__file__).resolve().parent.parent / "results" / "published_scores.csv"
 EVALUATION = ["variant", "task", "agent", "seed", "step", "env_step", "episode_reward", "state"]  # columns of every CSV
 OWN_COLUMNS = {"domain_name", "task_name", "seed", "agent"}  # flags that are among them
 METHOD = [f.name for f in dataclasses.fields(Config) if f.name not in {*UNCHANGING, *OWN_COLUMNS}]  # the other flags

@@ -2,35 +2,25 @@
 
 import collections
 import os
-import pathlib
 import signal
 import socket
 import subprocess
-import sys
 import time
-from typing import NamedTuple
 
 from rich.live import Live
 
-import dmc2gym
+import rendering
 import signals
+from experiments.grid import command
+from experiments.status import STATES, counted, hours, in_words, look, lost_console, make_console, report
 from machine import available_cores
-from run_folder import DIVERGED, OUTPUT, is_written, last_line, load_status
-from standing import STATES, counted, hours, in_words, look, lost_console, make_console, report
+from storage.run_folder import DIVERGED, OUTPUT, is_written, last_line, load_status
 
 HOST = socket.gethostname()
-HERE = pathlib.Path(__file__).resolve().parent
 ATTEMPTS = 3  # of a run that dies
 POLL = 0.2  # seconds between two looks at the processes
 REFRESH = 2  # seconds between two looks at their folders
 REFUSED = 2  # exit code
-
-
-class Run(NamedTuple):
-    """A run of a sweep: its folder in the sweep's own, and its flags, a list of words."""
-
-    folder: str
-    flags: list
 
 
 def places(jobs):
@@ -43,7 +33,7 @@ def places(jobs):
         gpus = [gpu for gpu in visible.split(",") if gpu]
     else:
         gpus = _installed_gpus()
-    drawing = dmc2gym.egl_devices() if len(gpus) > 1 else 0
+    drawing = rendering.egl_devices() if len(gpus) > 1 else 0
     share = {"OMP_NUM_THREADS": str(max(1, available_cores() // jobs)), **os.environ}
     for job in range(jobs):
         place = dict(share)
@@ -63,11 +53,6 @@ def _installed_gpus():
         return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError):
         return []
-
-
-def command(folder, run):
-    """The command of a run, a list of words."""
-    return [sys.executable, str(HERE / "train.py"), *run.flags, "--run_dir", str(folder / run.folder)]
 
 
 class Processes:

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from config import ConfigError
-from scores import (
+from experiments.scores import (
+    MADE_BY,
     MIN_SEEDS,
     STATISTICS,
     begun,
@@ -24,7 +25,6 @@ from scores import (
     troubles,
 )
 
-MADE_BY = "plot.py of CoDy"  # in every picture and table that may be written over
 TABLE = "task env_step method measure statistic value low high std n note source protocol".split()  # columns of its CSV
 MEASURES = ("last", "outcome")
 ALL = "all tasks"

@@ -21,7 +21,7 @@ import time
 import torch
 
 from config import ConfigError
-from run_folder import CHECKPOINT, write_json, write_whole
+from storage.run_folder import CHECKPOINT, write_json, write_whole
 
 COST = 50  # an evaluation is followed by a checkpoint if that takes at most 1/50 of the time since the last
 

@@ -14,18 +14,22 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
 import shutil
 import socket
 import struct
+import subprocess
 import sys
 import time
 
 import psutil
 
+import rendering
 from config import UNCHANGING, Config, ConfigError, check, complete, parse_flags, show
+from signals import kept_from_children
 
 DIVERGED = 3  # exit code
 CHECKPOINT = "checkpoint"  # the folder's name
@@ -429,3 +433,37 @@ class RunFolder:
     def release(self):
         """Let another process write here."""
         self._lock.close()
+
+
+def git_commit():
+    """Commit hash of the code, "+" appended if tracked files differ from it; None outside a git checkout."""
+
+    def git(*args):
+        here = pathlib.Path(__file__).resolve().parent.parent
+        with kept_from_children():
+            done = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def provenance(device):
+    """What this process computes with, for args.json; results are bit for bit the same only where all of it is."""
+    import torch
+
+    packages = ("torch", "mujoco", "dm_control", "gymnasium", "numpy")
+    cuda = device.type == "cuda"
+    backend = os.environ.get("MUJOCO_GL")
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "python": sys.version.split()[0],
+        "device_used": str(device),
+        "processor": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "mujoco_gl": backend,
+        "renderer": rendering.renderer(backend),
+        "git_commit": git_commit(),
+    }

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from run_folder import last_line, load_args, load_rows, load_state, load_status
+from storage.run_folder import last_line, load_args, load_rows, load_state, load_status
 
 STATES = ["running", "died", "stopped", "diverged", "waiting", "finished"]  # as a person reads them, in this order
 

@@ -1,0 +1,1 @@
+"""Many runs: a grid of them here or on a cluster, their scores, figures and tables."""

@@ -1,0 +1,221 @@
+"""Flags with commas -> the runs of a sweep, and the sweep.json that names them."""
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import pathlib
+import re
+import shlex
+import sys
+from typing import NamedTuple
+
+import dashboard
+import dmc2gym
+from config import UNCHANGING, Config, ConfigError, parse, show
+from machine import check_machine, choose_device
+from storage.run_folder import Over, check_writable, load_sweep, parse_run, write_json
+
+HERE = pathlib.Path(__file__).resolve().parent.parent
+UNNAMED = {"domain_name", "task_name", "seed"}  # have folders of their own
+MACHINE = ("device", "replay_device", "compile", "wandb")  # flags that this machine may have nothing for
+NEEDS = ("camera_id", "pre_transform_image_size", "save_video", *MACHINE)  # what is asked of task and machine
+
+
+class Run(NamedTuple):
+    """A run of a sweep: its folder in the sweep's own, and its flags, a list of words."""
+
+    folder: str
+    flags: list
+
+
+def parse_grid(flags):
+    """Flags of train.py -> {name: list of its values}; None is the value of a flag that takes none."""
+    switches = {field.name for field in dataclasses.fields(Config) if field.type is bool}
+    grid, tokens = {}, list(flags)
+    while tokens:
+        flag, equals, value = tokens.pop(0).partition("=")
+        if not re.fullmatch(r"--[a-zA-Z].*", flag):
+            raise ConfigError(f"{show(flag)}: what stands behind the -- must be flags of train.py and their values")
+        if not equals:
+            value = tokens.pop(0) if tokens and not tokens[0].startswith("--") else None
+        name = flag[2:].replace("-", "_")
+        if name in grid:
+            raise ConfigError(f"--{name}: given twice; values with commas between them make a grid")
+        if name in ("work_dir", "run_dir"):
+            raise ConfigError(f"--{name}: a sweep names the folders of its runs; --work_dir before the -- is its own")
+        values = [None] if value is None else value.split(",")
+        if "" in values:
+            raise ConfigError(f"--{name} {show(value)}: an empty value")
+        if name in switches and value is not None and not set(values) <= {"true", "false"}:
+            raise ConfigError(f"--{name} {show(value)}: takes no value, or true and false for a grid")
+        grid[name] = values
+    return grid
+
+
+def parse_variants(args):
+    """--variant, --variants and --only -> {name: grid of single values}; one without a name if there are none."""
+    lines = list(args.variant)
+    if args.variants:
+        try:
+            lines += pathlib.Path(args.variants).read_text().splitlines()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--variants {args.variants}: {getattr(error, 'strerror', 'not a text')}") from None
+    variants = {}
+    for line in lines:
+        if not line.strip() or line.strip().startswith("#"):
+            continue
+        name, colon, flags = line.partition(":")
+        name = name.strip()
+        if not colon or not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
+            raise ConfigError(f"--variant {show(line.strip())}: must be 'name: flags', a name of letters, digits, _.+-")
+        if name in variants:
+            raise ConfigError(f"--variant {name}: two of that name")
+        try:
+            variants[name] = parse_grid(shlex.split(flags, comments=True))
+        except ValueError as error:
+            raise ConfigError(f"--variant {name}: {error}") from None
+        if any(len(values) > 1 for values in variants[name].values()):
+            raise ConfigError(f"--variant {name}: has a grid in it; grids stand behind the --")
+    if args.only is not None:
+        for name in args.only.split(","):
+            if name not in variants:
+                raise ConfigError(f"--only {show(name)}: no such variant; there are {', '.join(variants) or 'none'}")
+        variants = {name: variants[name] for name in args.only.split(",")}
+    return variants or {None: {}}
+
+
+def combinations(variants, grid):
+    """Every (variant, values that differ, flags) of variants and grid, all of one seed before the next."""
+    axes = sorted(grid, key=lambda name: name == "seed", reverse=True)  # the first varies slowest
+    several = [name for name in grid if len(grid[name]) > 1 and name not in UNNAMED | {"task"}]
+    for values in itertools.product(*(grid[name] for name in axes)):
+        point = dict(zip(axes, values, strict=True))
+        for variant, own in variants.items():
+            if clash := [name for name in own if len(grid.get(name, [])) > 1]:
+                raise ConfigError(f"--{clash[0]}: has several values behind the --, and one in --variant {variant}")
+            flags = {**point, **{name: value for name, (value,) in own.items()}}
+            yield variant, [f"{name}={point[name]}" for name in several], flags
+
+
+def as_flags(point):
+    """{name: value} -> a list of words for the command line of train.py."""
+    point = dict(point)
+    if "task" in point:
+        domain, dash, task = (point.pop("task") or "").partition("-")
+        if not dash or {"domain_name", "task_name"} & set(point):
+            raise ConfigError(f"--task {domain}: must be domain-task, such as cartpole-swingup, in place of both flags")
+        point = {"domain_name": domain, "task_name": task, **point}
+    if "save_tb" not in point and "no_save_tb" not in point:
+        point["save_tb"] = None
+    if "save_tb" in point and point["save_tb"] != "false" and "tb_media" not in point:
+        point["no_tb_media"] = None  # which take most of the time that a page with many runs needs
+    words = []
+    for name, value in point.items():
+        if value in ("true", "false"):
+            words += [f"--{name}" if value == "true" else f"--no_{name}"]
+        else:
+            words += [f"--{name}"] if value is None else [f"--{name}", value]
+    return words
+
+
+def plan(args, flags, folder):
+    """The runs of a command, those of an earlier command in `folder` in the places that they have; creates nothing.
+
+    Raises:
+        ConfigError, dmc2gym.EnvError: one of them cannot work.
+    """
+    runs, checked = {}, set()
+    for variant, values, point in combinations(parse_variants(args), parse_grid(flags)):
+        if point.get("seed") == "-1":
+            raise ConfigError("--seed -1: the seeds of a sweep are names of folders; give them")
+        words = as_flags(point)
+        try:
+            config = parse(words)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (in variant {variant})" if variant else error) from None
+        task = f"{config.domain_name}-{config.task_name}"
+        differs = ",".join([variant, *values] if variant else values) or config.agent
+        run = Run(f"{differs}/{task}/s{config.seed}", words)
+        if (twin := runs.setdefault(_result(config), run)) is not run:
+            raise ConfigError(f"{twin.folder} and {run.folder}: the same run twice")
+        check_writable("name", str(folder / run.folder))
+        needs = {name: getattr(config, name) for name in NEEDS}
+        if (scene := (task, config.encoder_type, *needs.values())) not in checked:
+            checked.add(scene)
+            dmc2gym.check_task(config)
+            if args.slurm is None and any(needs[name] not in (None, False, "auto", "cpu") for name in MACHINE):
+                check_machine(config, choose_device(config.device))
+    for run in load_runs(folder):
+        result = _result(parse(run.flags))
+        if twin := runs.get(result):  # perhaps named when less has differed
+            runs[result] = Run(run.folder, twin.flags)
+    return list(runs.values())
+
+
+def _result(config):
+    """What decides the result of a run."""
+    return tuple(value for name, value in dataclasses.asdict(config).items() if name not in UNCHANGING)
+
+
+def is_over(folder, run):
+    """Whether a run is finished or has diverged.
+
+    Raises:
+        ConfigError: it can neither begin nor go on with its flags.
+    """
+    try:
+        parse_run([*run.flags, "--run_dir", str(folder / run.folder)])
+    except Over:
+        return True
+    return False
+
+
+def load_runs(folder):
+    """The runs that sweep.json in a folder names."""
+    return [Run(**run) for run in load_sweep(folder)["runs"]]
+
+
+def merge(folder, runs):
+    """The runs of a command and all that sweep.json names besides: none is removed.
+
+    Raises:
+        ConfigError: a run was planned with flags that give another result.
+    """
+    before = {run.folder: run.flags for run in load_runs(folder)}
+    for run in runs:
+        if run.folder in before and before[run.folder] != run.flags:
+            ours, theirs = parse(run.flags), parse(before[run.folder])
+            for name, value in dataclasses.asdict(ours).items():
+                if name not in UNCHANGING and (old := getattr(theirs, name)) != value:
+                    if name != "num_train_steps" or value < old:
+                        right = f"{folder / run.folder} was planned with {show(old)}; give the sweep another --name"
+                        raise ConfigError(f"--{name} {show(value)}: {right}")
+    return [Run(*item) for item in (before | dict(runs)).items()]
+
+
+def store(folder, runs, jobs):
+    """Write sweep.json, and beside it for TensorBoard which flags differ."""
+    write_json(folder / "sweep.json", {"runs": [run._asdict() for run in runs], "jobs": jobs})
+    dashboard.write_hparams_config(folder, differing([parse_grid(run.flags) for run in runs]))
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """One process at a time changes sweep.json; the folder is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "sweep.lock", "a") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+
+
+def differing(points):
+    """Names of the flags that are not the same in all of these grids of single values."""
+    names = dict.fromkeys(name for point in points for name in point)
+    return [name for name in names if any(point.get(name) != points[0].get(name) for point in points)]
+
+
+def command(folder, run):
+    """The command of a run, a list of words."""
+    return [sys.executable, str(HERE / "train.py"), *run.flags, "--run_dir", str(folder / run.folder)]

@@ -1,0 +1,141 @@
+"""Runs as a job array of a Slurm cluster, and the commands that it needs: sbatch and squeue."""
+
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+from config import ConfigError
+from experiments.grid import HERE, Run, command, is_over, locked, merge, store
+from experiments.status import counted
+from storage.run_folder import load_sweep
+
+
+def fill(path, **values):
+    """The batch script at `path` with its @NAME@s replaced.
+
+    Raises:
+        ConfigError: it cannot be read, one of them is not in it, or a value cannot stand in a batch script.
+    """
+    try:
+        script = pathlib.Path(path).read_text()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--slurm_script {path}: {getattr(error, 'strerror', 'not a text')}") from None
+    for name, value in values.items():
+        place = f"@{name.upper()}@"
+        if place not in script:
+            raise ConfigError(f"--slurm_script {path}: {place} is missing in it")
+        cannot = "\n" if name == "options" else '\n"$`\\' + "%" * (name == "folder")  # Slurm reads % as a number
+        if bad := set(str(value)) & set(cannot):
+            raise ConfigError(f"--slurm: {value} has {''.join(bad)!r} in it, which cannot stand in a batch script")
+        script = script.replace(place, str(value))
+    return script
+
+
+def check():
+    """Raise `ConfigError` where there is no cluster."""
+    if not shutil.which("sbatch"):
+        raise ConfigError("--slurm: there is no sbatch here; without --slurm the sweep runs on this machine")
+
+
+def sbatch(script):
+    """Number of the job that a batch script has become, a string.
+
+    Raises:
+        ConfigError: Slurm refuses it, with its reason.
+    """
+    done = _run("sbatch", "--parsable", input=script)
+    if done.returncode:
+        raise _refused(done)
+    return done.stdout.strip().split(";")[0]
+
+
+def waiting_or_running(job):
+    """Elements of an array that are in the queue or run, a list of int.
+
+    Raises:
+        ConfigError: the cluster does not answer.
+    """
+    done = _run("squeue", "--noheader", "--array", "--jobs", job, "--format=%K")
+    if done.returncode and "Invalid job id" not in done.stderr:  # which it says of one that is long over
+        raise _refused(done)
+    return [int(word) for word in done.stdout.split()]
+
+
+def _refused(done):
+    """`ConfigError` with what a command has said on stderr, its last line first: it has the reason."""
+    lines = [" ".join(line.split()) for line in reversed(done.stderr.splitlines()) if line.strip()]
+    return ConfigError(f"--slurm: {'; '.join(lines) or f'{done.args[0]} fails without a word'}")
+
+
+def _run(*words, input=None):
+    """A command of Slurm, without what an enclosing job has set."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    try:
+        return subprocess.run(words, input=input, capture_output=True, text=True, env=environment)
+    except FileNotFoundError:
+        raise ConfigError(f"--slurm: there is no {words[0]} here, and this sweep was submitted before") from None
+
+
+def submit(folder, runs, args):
+    """Submit those of `runs` that are neither over nor in the queue; with --dry_run print what would be submitted."""
+    if args.dry_run:
+        script, elements = batch(folder, runs, load_sweep(folder)["jobs"], args)
+        if elements:
+            print(script)
+        for i, element in enumerate(elements):
+            print(f"# element {i}", *(shlex.join(command(folder, run)) for run in element), sep="\n")
+        count = sum(map(len, elements))
+        print(f"{in_elements(elements)} to submit, {len(runs) - count} over or in the queue")
+        return
+    check()
+    batch(folder, runs, [], args)  # what is wrong with the script is found before anything is made
+    is_new = not folder.exists()
+    with locked(folder):
+        before = load_sweep(folder)
+        everything, jobs = merge(folder, runs), before["jobs"]
+        script, elements = batch(folder, runs, jobs, args)
+        names = [[run.folder for run in element] for element in elements]
+        if elements:
+            store(folder, everything, [*jobs, {"id": None, "elements": names}])  # an element may start at once
+            (folder / "slurm").mkdir(exist_ok=True)  # Slurm makes no folder
+            try:
+                jobs = [*jobs, {"id": sbatch(script), "elements": names}]
+            except ConfigError:
+                if is_new and not before["runs"]:  # which another command may have put there meanwhile
+                    shutil.rmtree(folder)
+                else:
+                    store(folder, [Run(**run) for run in before["runs"]], jobs)
+                raise
+        store(folder, everything, jobs)
+    if elements:
+        print(f"job {jobs[-1]['id']}: {in_elements(elements)}; sweep.py --status {folder} follows them")
+    else:
+        print(f"{folder}: nothing to submit")
+
+
+def in_elements(elements):
+    """How many runs are in how many elements, in words."""
+    return f"{counted(sum(map(len, elements)), 'run')} in {counted(len(elements), 'element')}"
+
+
+def batch(folder, runs, jobs, args):
+    """The batch script for what is to be done of `runs`, and its elements, each a list of runs."""
+    submitted = [job for job in jobs if job["id"]]  # None: a sweep that was killed in that moment
+    queued = {name for job in submitted for i in waiting_or_running(job["id"]) for name in job["elements"][i]}
+    todo = [run for run in runs if run.folder not in queued and not is_over(folder, run)]
+    elements = [todo[i : i + args.runs_per_job] for i in range(0, len(todo), args.runs_per_job)]
+    script = fill(
+        args.slurm_script,
+        name=folder.name,
+        array=f"0-{len(elements) - 1}" + (f"%{args.jobs}" if args.jobs else ""),
+        folder=folder.absolute(),
+        options=args.slurm,
+        here=os.getcwd(),
+        python=sys.executable,
+        sweep=HERE / "sweep.py",
+        number=len(jobs),
+    )
+    return script, elements

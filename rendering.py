@@ -1,0 +1,94 @@
+"""Which OpenGL draws the frames: chosen before dm_control is imported, which reads `MUJOCO_GL` once."""
+
+import contextlib
+import functools
+import importlib
+import os
+import subprocess
+import sys
+
+from signals import kept_from_children
+
+DEBIAN_PACKAGES = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6", "glfw": "libglfw3 and a display"}
+DRAWING_OFF = ("off", "disable", "disabled", "false", "0")  # dm_control's names
+
+
+class EnvError(ValueError):
+    """A task or rendering setting that cannot work; the message is one line for the user."""
+
+
+def select_gl_backend(required=True):
+    """Choose how frames are rendered, set `MUJOCO_GL` to it and return its name; before dm_control is imported.
+
+    The user's `MUJOCO_GL` is respected. Otherwise the first of egl, osmesa (Linux) or glfw (elsewhere) that can
+    draw, found out in a process of its own: a backend that fails half-way leaves PyOpenGL bound to it.
+
+    Args:
+        required: whether anything will be drawn; if not, drawing is off where no backend can.
+
+    Raises:
+        EnvError: no backend can draw.
+    """
+    if "dm_control" in sys.modules:  # the choice is made
+        from dm_control import _render
+
+        return _render.BACKEND
+    # Mesa's software renderer and triton each bring an LLVM of their own. A process that has loaded Mesa's first dies
+    # with a segmentation fault when triton comes, which torch imports sooner or later; the other order works. Mesa's
+    # is loaded where dm_control is imported.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("triton")
+    asked = os.environ.get("MUJOCO_GL", "").lower()
+    candidates = [asked] if asked else ["egl", "osmesa"] if sys.platform == "linux" else ["glfw"]
+    able = [backend for backend in candidates if backend not in DRAWING_OFF and renderer(backend)][:1]
+    if required and not able:
+        raise EnvError(_why_nothing_draws(asked, candidates))
+    os.environ["MUJOCO_GL"] = (able or DRAWING_OFF)[0]
+    os.environ.pop("PYOPENGL_PLATFORM", None)  # as in the probe
+    return os.environ["MUJOCO_GL"]
+
+
+def _why_nothing_draws(asked, candidates):
+    """One line for the user."""
+    if asked in DRAWING_OFF:
+        return f"MUJOCO_GL={asked}: switches drawing off; unset it, or use one of {', '.join(DEBIAN_PACKAGES)}"
+    packages = " or ".join(f"{DEBIAN_PACKAGES[b]} ({b})" for b in candidates if b in DEBIAN_PACKAGES)
+    if not packages:
+        return f"MUJOCO_GL={asked}: cannot render; use one of {', '.join(DEBIAN_PACKAGES)}"
+    device = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+    if device is not None and "egl" in candidates:
+        if there := egl_devices():
+            devices = ", ".join(map(str, range(there)))
+            return f"MUJOCO_EGL_DEVICE_ID={device}: cannot render on that device; the devices here: {devices}"
+    setting = f"MUJOCO_GL={asked}" if asked else f"MUJOCO_GL is not set, tried {', '.join(candidates)}"
+    return f"{setting}: cannot render; install the Debian packages {packages}"
+
+
+def egl_devices():
+    """Number of devices that EGL finds here, NVIDIA's GPUs before Mesa's; 0 without EGL."""
+    count = "from dm_control._render.pyopengl import egl_ext; print(len(egl_ext.eglQueryDevicesEXT()))"
+    return int(_probe(count, "egl", without="MUJOCO_EGL_DEVICE_ID") or 0)  # which would stop the import
+
+
+@functools.cache  # a second or more each time
+def renderer(backend):
+    """What draws with this backend by its own name (GL_RENDERER), such as "llvmpipe (LLVM 15.0.6, 256 bits)"; None if
+    it cannot draw."""
+    draw = (
+        "from dm_control import mujoco; from OpenGL import GL\n"
+        "physics = mujoco.Physics.from_xml_string('<mujoco/>'); physics.render(16, 16)\n"
+        "with physics.contexts.gl.make_current() as context: name = context.call(GL.glGetString, GL.GL_RENDERER)\n"
+        "print(name.decode())"
+    )
+    return _probe(draw, backend)
+
+
+def _probe(script, backend, without=None):
+    """Last line that a script prints in a process of its own with this backend; None if it fails."""
+    environment = {**os.environ, "MUJOCO_GL": backend}
+    # PyOpenGL's own variable must agree with MUJOCO_GL, and each backend sets it when it is free to
+    environment.pop("PYOPENGL_PLATFORM", None)
+    environment.pop(without, None)
+    with kept_from_children():
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    return done.stdout.splitlines()[-1] if done.returncode == 0 and done.stdout else None
