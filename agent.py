@@ -7,11 +7,16 @@ import torch
 from augment import center_crop, random_crop, random_shift
 from cody import CoDy, PublishedCoDy
 from decoder import Reconstruction
+from endings import Refused
 from sac import SAC
 
 
 def make_agent(config, obs_shape, action_dim, device):
-    """The agent on `device`, for an environment's observations (C, H, W), or (n,) of a state."""
+    """The agent on `device`, for an environment's observations (C, H, W), or (n,) of a state.
+
+    Raises:
+        Refused: the networks do not fit in memory.
+    """
     augment = crop = _unchanged
     if config.encoder_type != "identity":
         size = config.image_size
@@ -30,7 +35,13 @@ def make_agent(config, obs_shape, action_dim, device):
         "sac_ae": lambda latent_dim: Reconstruction(config, obs_shape, latent_dim),
         "sac": lambda latent_dim: None,
     }[config.agent]
-    return SAC(config, obs_shape, action_dim, make_auxiliary, augment, crop, device)
+    try:
+        return SAC(config, obs_shape, action_dim, make_auxiliary, augment, crop, device)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        sizes = " ".join(f"--{flag} {getattr(config, flag)}" for flag in ("hidden_dim", "num_filters"))
+        raise Refused(f"{sizes}: the networks do not fit in the memory of {device}") from None
 
 
 def _unchanged(obs, times=1):

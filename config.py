@@ -1,7 +1,7 @@
 """Every flag of `train.py`: its type, default and meaning. Importable without torch.
 
 `parse` turns a command line into a `Config` that is complete, checked and frozen. A value that cannot work is a
-`ConfigError` whose message is one line: the flag, its value, and what would be right.
+`Refused` whose message is one line: the flag, its value, and what would be right.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ import sys
 from typing import Literal
 
 import tyro
+
+from endings import LINE, Refused
 
 # (domain, task) -> action repeat, decisions, decisions between evaluations; 500K environment steps each.
 # Action repeats: PlaNet (arXiv 1811.04551), table 1, as used by SAC+AE, CURL and DrQ.
@@ -30,11 +32,6 @@ ENV_STEPS = 500_000  # training budget of a task outside the table
 EVAL_ENV_STEPS = 10_000  # environment steps between evaluations of a task outside the table
 EPISODE_LENGTH = 1_000  # environment steps in a DeepMind Control episode
 FLOAT32_MIN, FLOAT32_MAX = 2.0**-149, (2 - 2.0**-23) * 2.0**127  # the networks compute in it
-LINE = 200  # characters of a refusal at most
-
-
-class ConfigError(ValueError):
-    """A flag whose value cannot work; the message is one line for the user."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,11 +286,11 @@ PIXELS = (
 
 
 def check(config: Config) -> None:
-    """Raise `ConfigError` for the first value of a complete config that cannot work."""
+    """Raise `Refused` for the first value of a complete config that cannot work."""
     for refusals in (_ranges, _relations, _combinations):
         for ok, flag, right in refusals(config):
             if not ok:
-                raise ConfigError(f"--{flag} {show(getattr(config, flag))}: {right}")
+                raise Refused(f"--{flag} {show(getattr(config, flag))}: {right}")
 
 
 def _ranges(c: Config):
@@ -400,7 +397,7 @@ def show(value) -> str:
 def parse_flags(flags, args=None, default=None):
     """Command line -> instance of the dataclass `flags`; flags not given are those of the instance `default`.
 
-    `--help` prints and exits; bad input raises `ConfigError`.
+    `--help` prints and exits; bad input raises `Refused`.
     """
     args = sys.argv[1:] if args is None else list(args)
     errors = io.StringIO()
@@ -414,7 +411,7 @@ def parse_flags(flags, args=None, default=None):
         line = _wrong_type(line) or line
         if "Unrecognized options" in line:
             line = _unrecognized(flags, args) or line
-        raise ConfigError(line if len(line) <= LINE else line[: LINE - 3] + "...") from None
+        raise Refused(line if len(line) <= LINE else line[: LINE - 3] + "...") from None
 
 
 def _unrecognized(flags, args) -> str | None:
@@ -462,16 +459,3 @@ def _one_line(box: str) -> str:
             break
         lines.append(line)
     return " ".join(" ".join(lines).split())
-
-
-def exit_with(error: Exception) -> None:
-    """End the program as bad input does: one line on stderr, exit code 2."""
-    line = f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}"
-    leave(line if len(line) <= LINE else line[: LINE - 3] + "...", 2)
-
-
-def leave(line: str, code: int) -> None:
-    """End the program with a line on stderr, if anybody listens there."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
-    sys.exit(code)

@@ -13,13 +13,14 @@ import os
 import gymnasium
 import numpy as np
 
-from rendering import DRAWING_OFF, EnvError, select_gl_backend
+from endings import Refused
+from rendering import DRAWING_OFF, select_gl_backend
 
 CAMERAS = {"quadruped": 2}  # where camera 0 hardly shows the body: as drq, drqv2, dreamerv3 and tdmpc2
 
 
 def check_task(config):
-    """Raise `EnvError` if the suite lacks the task, camera or image size of a config; draws nothing.
+    """Raise `Refused` if the suite lacks the task, camera or image size of a config; draws nothing.
 
     In a process that makes no environments: where dm_control was not imported yet, it will not be able to draw.
     """
@@ -48,7 +49,7 @@ def _load(domain_name, task_name, **kwargs):
         near = difflib.get_close_matches(name, tasks, n=4, cutoff=0.4) or tasks
         same_domain = [task for task in tasks if task.split()[0] == domain_name]
         names = ", ".join(dict.fromkeys(near + same_domain))
-        raise EnvError(f"--domain_name {domain_name} --task_name {task_name}: no such task; the nearest are {names}")
+        raise Refused(f"--domain_name {domain_name} --task_name {task_name}: no such task; the nearest are {names}")
     return suite.load(domain_name, task_name, **kwargs)
 
 
@@ -57,14 +58,14 @@ def _camera(physics, domain_name, task_name, camera_id):
     camera = CAMERAS.get(domain_name, 0) if camera_id is None else camera_id
     cameras = physics.model.ncam
     if not -1 <= camera < cameras:
-        raise EnvError(f"--camera_id {camera_id}: must be from -1 to {cameras - 1} on {domain_name} {task_name}")
+        raise Refused(f"--camera_id {camera_id}: must be from -1 to {cameras - 1} on {domain_name} {task_name}")
     return camera
 
 
 def _check_size(physics, height, width):
     largest = physics.model.vis.global_
     if height > largest.offheight or width > largest.offwidth:
-        raise EnvError(
+        raise Refused(
             f"--image_size or --pre_transform_image_size {max(height, width)}: the task renders at most "
             f"{largest.offheight}x{largest.offwidth} pixels"
         )
@@ -91,7 +92,7 @@ class DMCEnv(gymnasium.Env):
         channels_first: images are (3, height, width), else (height, width, 3).
 
     Raises:
-        EnvError: unknown task or camera, no usable rendering backend, an image too large to render.
+        Refused: unknown task or camera, no usable rendering backend, an image too large to render.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class DMCEnv(gymnasium.Env):
         channels_first=True,
     ):
         if from_pixels and visualize_reward:
-            raise EnvError("visualize_reward shows the reward in the pixels: not with from_pixels")
+            raise Refused("visualize_reward shows the reward in the pixels: not with from_pixels")
         select_gl_backend(required=from_pixels)
         task_kwargs = {"random": seed}
         if time_limit is not None:

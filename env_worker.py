@@ -5,7 +5,6 @@ and frames are the same, so a run gives the same numbers with either.
 """
 
 import contextlib
-import copy
 import importlib
 import multiprocessing
 import pathlib
@@ -19,8 +18,8 @@ from gymnasium.wrappers import FrameStackObservation, TransformObservation
 
 import dmc2gym
 import rendering
+from endings import Ending, signals_kept_from_children
 from machine import available_cores
-from signals import Stopped, kept_from_children
 
 EVAL_WORKERS = 4  # processes of one run's evaluation at most
 PHYSICS_ERRORS = 10  # episodes in a row that may end since the physics diverged
@@ -92,22 +91,19 @@ class SerialEnv(Restorable):
         """Its observation, reward, terminated and truncated; the observation is None if the physics has diverged.
 
         Raises:
-            EnvError: that has ended `PHYSICS_ERRORS` episodes in a row.
+            Ending: that has ended `PHYSICS_ERRORS` episodes in a row.
         """
         obs, reward, terminated, truncated, info = self._env.step(self._action)
         if "physics_error" in info:
             self._physics_errors += 1
             if self._physics_errors == PHYSICS_ERRORS:
                 reason = info["physics_error"]
-                raise dmc2gym.EnvError(f"the physics diverged in {PHYSICS_ERRORS} episodes in a row: {reason}")
+                raise Ending(f"the physics diverged in {PHYSICS_ERRORS} episodes in a row: {reason}")
             return None, reward, terminated, truncated
         if terminated or truncated:
             self._physics_errors = 0
         self.obs = obs
         return obs, reward, terminated, truncated
-
-    def check(self):
-        """Raise `Stopped` if the environment has been in trouble; here it raises what it has to say at once."""
 
     def episode_state(self):
         """Where the episode stands, not between `start` and `finish`; without the last observation."""
@@ -135,30 +131,22 @@ class WorkerEnv(Restorable):
     """As `SerialEnv`, in a process of its own, which also owns the rendering context.
 
     The worker ends when this process does, however that ends, and the signals of a cluster or a terminal do not reach
-    it. (Gymnasium's AsyncVectorEnv does the same with tracebacks at each.) Several start at once: the first use of each
-    waits for it. If it dies, another takes its place and comes to the same state, and `check` says so: what a step
-    gives is not lost.
+    it. (Gymnasium's AsyncVectorEnv does the same with tracebacks at each.) Several workers start at once: the first use
+    of each waits for it.
 
     Raises, from any method:
-        EnvError: what making the environment raised, or that the worker has died again.
+        Ending: what the environment raised, or that the worker has died.
     """
 
     def __init__(self, config, seed):
         rendering.select_gl_backend(required=config.encoder_type != "identity")  # for all workers, which inherit it
-        self._made_of = config, seed
-        self._spaces = None
-        self.obs = None  # the last observation
-        self._episode = None  # the worker's `episode_state`, as far as it has answered
-        self._death = None
-        self._begin()
-
-    def _begin(self):
         self._pipe, theirs = multiprocessing.Pipe()
-        with theirs, kept_from_children():
+        with theirs, signals_kept_from_children():
             command = [sys.executable, str(pathlib.Path(__file__).resolve()), str(theirs.fileno())]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
-        with contextlib.suppress(OSError):  # dead already: `_receive` will say so
-            self._pipe.send(self._made_of)
+        self._send((config, seed))
+        self._spaces = None
+        self.obs = None  # the last observation
 
     @property
     def observation_space(self):
@@ -173,35 +161,24 @@ class WorkerEnv(Restorable):
         return self._described()[2]
 
     def reset(self, seed=None):
-        self.obs, self._episode = self._call("reset", seed)
+        self.obs = self._call("reset", seed)
         return self.obs
 
     def start(self, action):
         self._described()
-        self._action = action
-        with contextlib.suppress(OSError):  # dead: `finish` will see
-            self._pipe.send(("step", action))
+        self._send(("step", action))
 
     def finish(self):
-        try:
-            result = self._receive()
-        except WorkerDeath as death:
-            self._replace(death)
-            result = self._call("step", self._action)
+        result = self._receive()
         self.obs = self.obs if result[0] is None else result[0]
-        self._episode["steps"]["actions"].append(np.asarray(self._action, np.float64).tolist())
         return result
 
-    def check(self):
-        if self._death:
-            raise Stopped(str(self._death), 1)
-
     def episode_state(self):
-        return copy.deepcopy(self._episode)
+        return self._call("episode_state")
 
     def restore(self, episode_state, obs):
         self._call("restore", episode_state, obs)
-        self._episode, self.obs = episode_state, obs
+        self.obs = obs
 
     def draw(self, height, width):
         return self._call("draw", height, width)
@@ -217,47 +194,24 @@ class WorkerEnv(Restorable):
         return self._spaces
 
     def _call(self, *message):
-        """Ask the worker, and another one if it has died."""
         self._described()
-        try:
-            return self._ask(*message)
-        except WorkerDeath as death:
-            self._replace(death)
-            return self._ask(*message)
-
-    def _replace(self, death):
-        """Another worker in the state of the one that died."""
-        if self._death:
-            raise death
-        self._death = death
-        self._begin()
-        self._receive()
-        if self._episode:
-            self._ask("restore", self._episode, self.obs)
-
-    def _ask(self, *message):
-        with contextlib.suppress(OSError):
-            self._pipe.send(message)
+        self._send(message)
         return self._receive()
 
-    def _receive(self):
-        """The worker's next answer.
+    def _send(self, message):
+        with contextlib.suppress(OSError):  # the worker is dead: `_receive` will say so
+            self._pipe.send(message)
 
-        Raises:
-            WorkerDeath: there will be none.
-        """
+    def _receive(self):
+        """The worker's next answer."""
         try:
             message = self._pipe.recv()
         except (EOFError, OSError):
             code = self._process.wait()
-            raise WorkerDeath(f"an environment worker has ended with exit code {code}") from None
-        if isinstance(message, dmc2gym.EnvError):
+            raise Ending(f"an environment worker has died with exit code {code}") from None
+        if isinstance(message, Ending):
             raise message
         return message
-
-
-class WorkerDeath(dmc2gym.EnvError):
-    """An environment worker has died."""
 
 
 def work(pipe):
@@ -273,11 +227,9 @@ def work(pipe):
                 if method == "step":
                     env.start(*arguments)
                     pipe.send(env.finish())
-                elif method == "reset":
-                    pipe.send((env.reset(*arguments), env.episode_state()))
                 else:
                     pipe.send(getattr(env, method)(*arguments))
-        except dmc2gym.EnvError as error:
+        except Ending as error:
             pipe.send(error)
 
 

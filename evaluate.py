@@ -12,10 +12,10 @@ import pathlib
 import sys
 from typing import Literal
 
-import dmc2gym
 import rendering
 from agent import make_agent
-from config import ConfigError, exit_with, parse_flags
+from config import parse_flags
+from endings import EXPECTED, Ending, Over, Refused, end
 from env_worker import open_eval_envs
 from episodes import eval_seed, evaluate, summary
 from machine import choose_device, limit_threads
@@ -41,54 +41,53 @@ class Args:
 
 
 def run():
-    """One JSON line with the mean, the standard deviation and all returns."""
+    """Print one JSON line with the mean, the standard deviation and all returns."""
+    limit_threads()
+    args = parse_flags(Args)
+    if args.num_eval_episodes < 1:
+        raise Refused(f"--num_eval_episodes {args.num_eval_episodes}: must be at least 1")
+    if args.video:
+        check_video_path(args.video)
+        rendering.select_gl_backend()
+    config = dataclasses.replace(load_config(args.run), compile=False)  # takes longer than the episodes
+    device = choose_device(args.device)
+    envs = open_eval_envs(config, args.num_eval_episodes)
+    agent = make_agent(config, envs[0].observation_space.shape, envs[0].action_space.shape[0], device)
+    step = load_model(agent, pathlib.Path(args.run) / "model", args.step)
+
+    message = functools.partial(print, file=sys.stderr)
     try:
-        limit_threads()
-        args = parse_flags(Args)
-        if args.num_eval_episodes < 1:
-            raise ConfigError(f"--num_eval_episodes {args.num_eval_episodes}: must be at least 1")
-        if args.video:
-            check_video_path(args.video)
-            rendering.select_gl_backend()
-        config = dataclasses.replace(load_config(args.run), compile=False)  # takes longer than the episodes
-        device = choose_device(args.device)
-        envs = open_eval_envs(config, args.num_eval_episodes)
-        agent = make_agent(config, envs[0].observation_space.shape, envs[0].action_space.shape[0], device)
-        step = load_model(agent, pathlib.Path(args.run) / "model", args.step)
-    except (ConfigError, dmc2gym.EnvError) as error:
-        exit_with(error)
-    try:
-        message = functools.partial(print, file=sys.stderr)
-        film = args.video is not None
-        returns, frames = evaluate(envs, agent, args.num_eval_episodes, eval_seed(config), film, message)
-    except (FloatingPointError, dmc2gym.EnvError) as error:
-        sys.exit(f"{args.run}: stopped: {error}")
+        returns, frames = evaluate(
+            envs, agent, args.num_eval_episodes, eval_seed(config), args.video is not None, message
+        )
+    except (FloatingPointError, Ending) as error:
+        raise Over(f"{args.run}: stopped: {error}", 1) from None
     row = {"step": step, "env_step": step * config.action_repeat, **summary(returns), "returns": returns}
-    print(json.dumps(row), flush=True)  # before a video that a full disk may not take
-    try:
-        if frames:
+    print(json.dumps(row), flush=True)  # before the video, for which the disk may be too full
+    if frames:
+        try:
             save_video(args.video, frames, envs[0].metadata["render_fps"])
-    except OSError as error:
-        exit_with(error)
+        except OSError as error:
+            raise Refused(str(error)) from None
 
 
 def main():
-    """The command: `run`; Ctrl-C ends it with exit code 130."""
+    """The command; endings.py lists the exit codes."""
     try:
         run()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except EXPECTED as error:
+        end(error)
 
 
 def check_video_path(video):
-    """Raise `ConfigError` unless `video` is a new .mp4 in an existing, writable folder."""
+    """Raise `Refused` unless `video` is a new .mp4 in an existing, writable folder."""
     path = pathlib.Path(video)
     if path.suffix != ".mp4":
-        raise ConfigError(f"--video {video}: must end in .mp4")
+        raise Refused(f"--video {video}: must end in .mp4")
     if path.exists():
-        raise ConfigError(f"--video {video}: exists and is not written over")
+        raise Refused(f"--video {video}: exists and is not written over")
     if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--video {video}: {path.absolute().parent} is not a folder that can be written to")
+        raise Refused(f"--video {video}: {path.absolute().parent} is not a folder that can be written to")
 
 
 if __name__ == "__main__":

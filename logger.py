@@ -19,6 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import dashboard
+from endings import Diverged
+from machine import bf16_time_ratio
+from rendering import renderer
 from storage.run_folder import load_rows, run_id
 
 # name in the logs -> column on the console, as the released code's logger shows them
@@ -102,7 +105,7 @@ class Logger:
         """Bring the recorded metrics to the host: their means go to TensorBoard and into the next train row.
 
         Raises:
-            FloatingPointError: one of the losses was not finite; names the first, its step and the last metrics.
+            Diverged: one of the losses was not finite; names the first, its step and the last metrics.
         """
         if not self._unread:
             return
@@ -122,7 +125,7 @@ class Logger:
         if bad:
             step, name, value = min(bad, key=lambda entry: entry[0])
             self._last = ", ".join(f"{n} {c[-1][1]:.6g}" for n, c in columns.items() if c[-1][1].dim() == 0)
-            raise FloatingPointError(f"{name} is {value} at step {step}; last metrics: {self._last}")
+            raise Diverged(f"{name} is {value} at step {step}; last metrics: {self._last}")
         self._last = ", ".join(f"{n} {mean:.6g}" for n, mean in means.items() if isinstance(mean, float))
         self._means.append({name: (len(columns[name]), mean) for name, mean in means.items()})
         self._events(last_step, means)
@@ -130,12 +133,28 @@ class Logger:
         self._watch_latents(last_step, means)
 
     def explain(self, error):
-        """Why a run that raised FloatingPointError stopped: the loss that was not finite, if there was one."""
+        """`Diverged` for a FloatingPointError: the loss that was not finite, if there was one."""
         try:
             self.read()
-        except FloatingPointError as loss:
-            error = loss
-        return error if "last metrics" in str(error) else f"{error} at step {self._step}; last metrics: {self._last}"
+        except Diverged as loss:
+            return loss
+        return Diverged(f"{error} at step {self._step}; last metrics: {self._last}")
+
+    def announce(self, folder, device, replay, resumed_at):
+        """The first line of a run: folder, seed, threads, device, precision, renderer, memory of the replay."""
+        c, backend = self._config, os.environ.get("MUJOCO_GL")
+        drawn = f"drawn by {backend}, {renderer(backend)}"
+        sees = f"frames {drawn}"
+        if c.encoder_type == "identity":
+            sees = f"states, videos {drawn}" if c.save_video else "states"
+        threads = torch.get_num_threads()
+        resumes = "" if resumed_at is None else f"resumes at step {resumed_at}, "
+        on = f"on {device} with {threads} thread{'s' if threads > 1 else ''} in {c.precision}"
+        self.message(f"{folder}: {resumes}seed {c.seed}, {on}, {sees}, {replay.description}")
+        if c.precision == "bf16" and device.type == "cpu" and (ratio := bf16_time_ratio()) >= 1:
+            self.message(
+                f"warning: --precision bf16: a convolution takes {ratio:.2f} times as long in it as in fp32 here"
+            )
 
     def _watch(self, step, means):
         """One plain line per episode when KL or the critic loss has left its usual size."""

@@ -11,7 +11,7 @@ import time
 
 import psutil
 
-from config import ConfigError
+from endings import Refused
 
 
 def keep_freed_memory():
@@ -129,17 +129,17 @@ def choose_device(name):
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this torch finds no CUDA device; use auto or cpu")
+        raise Refused("--device cuda: this torch finds no CUDA device; use auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def check_machine(config, device):
-    """Raise `ConfigError` if this machine lacks what a flag needs."""
+    """Raise `Refused` if this machine lacks what a flag needs."""
     if config.replay_device == "cuda" and device.type != "cuda":
-        raise ConfigError(f"--replay_device cuda: the networks run on {device}; use auto or cpu")
+        raise Refused(f"--replay_device cuda: the networks run on {device}; use auto or cpu")
     variable, compiler = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
     if config.compile and not shutil.which(os.environ.get(variable, compiler)):
-        raise ConfigError(f"--compile: needs a compiler and finds none; install {compiler}")
+        raise Refused(f"--compile: needs a compiler and finds none; install {compiler}")
     # a folder of that name, as the package leaves behind, has no origin
     if config.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):
-        raise ConfigError(f"--wandb {config.wandb}: the package is not installed; pip install wandb")
+        raise Refused(f"--wandb {config.wandb}: the package is not installed; pip install wandb")

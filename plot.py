@@ -17,7 +17,8 @@ from typing import Literal
 import matplotlib
 import tyro
 
-from config import ConfigError, exit_with, parse_flags
+from config import parse_flags
+from endings import EXPECTED, Refused, end
 from experiments.figures import as_pictures, draw_curves, draw_diagnostics
 from experiments.scores import (
     EVALUATION,
@@ -57,37 +58,37 @@ def as_csv(frame):
 
 
 def check_replaceable(path, inputs):
-    """Raise `ConfigError` if `path` is there and is an input, or nothing that this command has written."""
+    """Raise `Refused` if `path` is there and is an input, or nothing that this command has written."""
     if not path.exists():
         return
     if path.resolve() in [pathlib.Path(p).resolve() for p in inputs]:
-        raise ConfigError(f"--out: {path} is read and would be written over; name another")
+        raise Refused(f"--out: {path} is read and would be written over; name another")
     content = path.read_bytes() if path.is_file() else b""
     header = content.partition(b"\n")[0].decode(errors="replace")
     ours = header.endswith(",".join(EVALUATION)) or header.startswith(",".join(TABLE[:3]))
     if MADE_BY.encode() not in content and not ours:
-        raise ConfigError(f"--out: {path} is there and plot.py has not made it; name another")
+        raise Refused(f"--out: {path} is there and plot.py has not made it; name another")
 
 
 def parse_command(argv):
-    """Command line -> Args; `ConfigError` for what cannot work."""
+    """Command line -> Args; `Refused` for what cannot work."""
     if "--table" in argv:
         for word in argv[argv.index("--table") + 1 :]:
             if word.startswith("--"):
                 break
             if not word.lstrip("-").isdigit():
-                raise ConfigError(f"--table {word}: must be environment steps; folders stand before --table")
+                raise Refused(f"--table {word}: must be environment steps; folders stand before --table")
     args = parse_flags(Args, argv)
     if not args.paths:
-        raise ConfigError("names nothing to plot; name folders of runs or files of curves, as plot.py runs/omega")
+        raise Refused("names nothing to plot; name folders of runs or files of curves, as plot.py runs/omega")
     if args.table is not None and args.diagnostics:
-        raise ConfigError("--diagnostics: not together with --table, which is a command of its own")
+        raise Refused("--diagnostics: not together with --table, which is a command of its own")
     if args.statistic != "mean" and (args.table is not None or args.diagnostics):
-        raise ConfigError(f"--statistic {args.statistic}: has no effect with --table or --diagnostics")
+        raise Refused(f"--statistic {args.statistic}: has no effect with --table or --diagnostics")
     if args.out is not None and not os.path.basename(args.out):
-        raise ConfigError(f"--out {args.out}: must end in a name, to which .png and so on are added")
+        raise Refused(f"--out {args.out}: must end in a name, to which .png and so on are added")
     if negative := [step for step in args.table or () if step < 0]:
-        raise ConfigError(f"--table {negative[0]}: must be environment steps")
+        raise Refused(f"--table {negative[0]}: must be environment steps")
     return args
 
 
@@ -104,7 +105,7 @@ def run():
     for path in paths.values():
         check_replaceable(path, args.paths)
     if begun(frame).empty:
-        raise ConfigError(f"{first}: no run has been evaluated yet")
+        raise Refused(f"{first}: no run has been evaluated yet")
     lines = list(remarks(frame, names))
     if kind == "curves":
         files = {
@@ -118,21 +119,22 @@ def run():
     else:
         cells = table_cells(frame, list(dict.fromkeys(args.table or [last_common_step(frame)])))
         files = {".md": markdown(frame, cells).encode(), ".csv": as_csv(cells)}
-    for ending, path in paths.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file, content=files[ending]: file.write(content))
+    try:
+        for ending, path in paths.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda file, content=files[ending]: file.write(content))
+    except OSError as error:
+        raise Refused(str(error)) from None
     print("\n".join([*lines, *map(str, paths.values())]), flush=True)
 
 
 def main():
-    """The command: `run`; Ctrl-C ends it with exit code 130."""
+    """The command; endings.py lists the exit codes."""
     try:
         matplotlib.use("Agg")
         run()
-    except (ConfigError, OSError) as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except EXPECTED as error:
+        end(error)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,10 @@ import os
 import subprocess
 import sys
 
-from signals import kept_from_children
+from endings import Refused, signals_kept_from_children
 
 DEBIAN_PACKAGES = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6", "glfw": "libglfw3 and a display"}
 DRAWING_OFF = ("off", "disable", "disabled", "false", "0")  # dm_control's names
-
-
-class EnvError(ValueError):
-    """A task or rendering setting that cannot work; the message is one line for the user."""
 
 
 def select_gl_backend(required=True):
@@ -27,7 +23,7 @@ def select_gl_backend(required=True):
         required: whether anything will be drawn; if not, drawing is off where no backend can.
 
     Raises:
-        EnvError: no backend can draw.
+        Refused: no backend can draw.
     """
     if "dm_control" in sys.modules:  # the choice is made
         from dm_control import _render
@@ -42,7 +38,7 @@ def select_gl_backend(required=True):
     candidates = [asked] if asked else ["egl", "osmesa"] if sys.platform == "linux" else ["glfw"]
     able = [backend for backend in candidates if backend not in DRAWING_OFF and renderer(backend)][:1]
     if required and not able:
-        raise EnvError(_why_nothing_draws(asked, candidates))
+        raise Refused(_why_nothing_draws(asked, candidates))
     os.environ["MUJOCO_GL"] = (able or DRAWING_OFF)[0]
     os.environ.pop("PYOPENGL_PLATFORM", None)  # as in the probe
     return os.environ["MUJOCO_GL"]
@@ -89,6 +85,6 @@ def _probe(script, backend, without=None):
     # PyOpenGL's own variable must agree with MUJOCO_GL, and each backend sets it when it is free to
     environment.pop("PYOPENGL_PLATFORM", None)
     environment.pop(without, None)
-    with kept_from_children():
+    with signals_kept_from_children():
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     return done.stdout.splitlines()[-1] if done.returncode == 0 and done.stdout else None

@@ -18,7 +18,7 @@ import gymnasium
 import numpy as np
 import torch
 
-import signals
+from endings import Refused, Stopped, check_signals
 from machine import available_memory
 from storage import journal
 from storage.frames import PackedFrames, RawFrames, flat, moved
@@ -56,7 +56,7 @@ class ReplayBuffer:
         device: where batches go. The frames lie where `--replay_device` says.
 
     Raises:
-        MemoryError: the frames do not fit in the memory that is available now; one line.
+        Refused: the frames do not fit in the memory that is available now; one line.
     """
 
     def __init__(self, config, obs_space, action_dim, device):
@@ -97,13 +97,13 @@ class ReplayBuffer:
             f"({kind}) and {available / 1e9:.1f} GB of memory are available on {place}"
         )
         if size > available:
-            raise MemoryError(too_large)
+            raise Refused(too_large)
         self._estimate = size
         dtype = torch.from_numpy(np.empty(0, self._dtype)).dtype
         try:
             return {"raw": RawFrames, "lz4": PackedFrames}[kind](self.slots, self._frame_shape, dtype, place)
         except RuntimeError as error:  # torch's way of saying that the allocation was refused
-            raise MemoryError(too_large) from error
+            raise Refused(too_large) from error
 
     @property
     def nbytes(self):
@@ -123,9 +123,7 @@ class ReplayBuffer:
             return
         if (free := available_memory()) < RESERVE_BYTES:
             size = self.nbytes / 1e9
-            raise signals.Stopped(
-                f"{free / 1e9:.1f} GB of memory are left and the replay has grown to {size:.1f} GB", 1
-            )
+            raise Stopped(f"{free / 1e9:.1f} GB of memory are left and the replay has grown to {size:.1f} GB", 1)
 
     def begin_episode(self, obs):
         """Store the first frame of an episode: the newest of the stacked `obs` (C, H, W)."""
@@ -243,7 +241,7 @@ class ReplayBuffer:
             if self._stream == 0:
                 self._stream = position
             if position % 1000 == 0:  # a million take most of a minute
-                signals.check()
+                check_signals()
             if age == 0:
                 self.begin_episode(frame)
             else:
@@ -257,7 +255,7 @@ class ReplayBuffer:
         """The replay of the run in folder `run`, which is not finished or was made with --keep_checkpoint.
 
         Raises:
-            ConfigError: the folder holds no run. FileNotFoundError: it holds no replay.
+            Refused: the folder holds no run. FileNotFoundError: it holds no replay.
         """
         config = dataclasses.replace(load_config(run), replay_device="auto")
         folder = pathlib.Path(run) / CHECKPOINT

@@ -18,9 +18,9 @@ from typing import Annotated
 
 import tyro
 
-import dmc2gym
-import signals
-from config import Config, ConfigError, exit_with, leave, parse_flags, show
+import endings
+from config import Config, parse_flags, show
+from endings import EXPECTED, Refused, end
 from experiments.grid import HERE, command, is_over, load_runs, locked, merge, plan, store
 from experiments.processes import run_here
 from experiments.slurm import submit
@@ -80,72 +80,72 @@ def parse_command(argv):
     for word in own:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
         if word.startswith("--") and name in (of_runs | {"task"}) - known:
-            raise ConfigError(f"{word.partition('=')[0]}: a flag of train.py; those stand behind a --")
+            raise Refused(f"{word.partition('=')[0]}: a flag of train.py; those stand behind a --")
     args = parse_flags(Args, own)
     if [getattr(args, how) for how in HOW].count(None) != 2:
-        raise ConfigError("needs one of --name, --resume and --status")
+        raise Refused("needs one of --name, --resume and --status")
     (how,) = [how for how in HOW if getattr(args, how) is not None]
     for field in dataclasses.fields(args):
         if field.name not in (how, *HOW[how]) and getattr(args, field.name) != field.default:
-            raise ConfigError(f"--{field.name}: has no effect with --{how}")
+            raise Refused(f"--{field.name}: has no effect with --{how}")
     if flags and args.name is None:
-        raise ConfigError(f"{show(flags[0])}: --status and --resume take the runs of sweep.json, no others")
+        raise Refused(f"{show(flags[0])}: --status and --resume take the runs of sweep.json, no others")
     if args.slurm is None and (args.runs_per_job != 1 or args.slurm_script != SCRIPT):
-        raise ConfigError("--runs_per_job, --slurm_script: have no effect without --slurm")
+        raise Refused("--runs_per_job, --slurm_script: have no effect without --slurm")
     for flag in ("jobs", "runs_per_job"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ConfigError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+            raise Refused(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if (args.array is None) != (args.element is None):
-        raise ConfigError("--array, --element: only together")
+        raise Refused("--array, --element: only together")
     if args.name is not None and (args.name in ("", "..") or pathlib.Path(args.name).name != args.name):
-        raise ConfigError(f"--name {args.name}: must be a single folder's name")
+        raise Refused(f"--name {args.name}: must be a single folder's name")
     return args, flags
 
 
 def main():
-    """The command; exit code 0 done, 1 some runs have failed, 2 refused, 75 and 130 stopped by a signal."""
+    """The command: `run`; endings.py lists the exit codes, 1 is that some runs have failed."""
     try:
-        args, flags = parse_command(sys.argv[1:])
-        if args.status is not None:
-            print_status(pathlib.Path(args.status))
-            return
-        folder = pathlib.Path(args.resume or pathlib.Path(args.work_dir) / args.name)
-        if args.resume is None and not (folder / "sweep.json").exists() and any(folder.rglob("args.json")):
-            raise ConfigError(f"--name {args.name}: {folder} holds runs that are of no sweep; choose another")
-        runs = plan(args, flags, folder) if args.resume is None else resumed(folder, args)
-        merge(folder, runs)  # contradictions are found before anything is made
-        if args.slurm is not None:
-            submit(folder, runs, args)
-            return
-        todo = [run for run in runs if not is_over(folder, run)]
-        if args.dry_run:
-            with lost_console():
-                for run in todo:
-                    print(shlex.join(command(folder, run)))
-                print(f"{counted(len(todo), 'run')} to do, {len(runs) - len(todo)} over", flush=True)
-        else:
-            if args.resume is None:
-                with locked(folder):
-                    store(folder, merge(folder, runs), load_sweep(folder)["jobs"])
-            sys.exit(run_here(folder, runs, args.jobs or 1, todo))
-    except signals.Stopped as stop:
-        leave(f"sweep.py: stopped by {stop} before it began", stop.code)
-    except (ConfigError, dmc2gym.EnvError) as error:
-        exit_with(error)
-    except OSError as error:
-        leave(f"sweep.py: {error}", 1)
+        run(*parse_command(sys.argv[1:]))
+    except EXPECTED as error:
+        end(error)
+
+
+def run(args, flags):
+    """Do what the command asks for: a status, a submission, the commands alone, or the runs."""
+    if args.status is not None:
+        print_status(pathlib.Path(args.status))
+        return
+    folder = pathlib.Path(args.resume or pathlib.Path(args.work_dir) / args.name)
+    if args.resume is None and not (folder / "sweep.json").exists() and any(folder.rglob("args.json")):
+        raise Refused(f"--name {args.name}: {folder} holds runs that are of no sweep; choose another")
+    runs = plan(args, flags, folder) if args.resume is None else resumed(folder, args)
+    merge(folder, runs)  # contradictions are found before anything is made
+    if args.slurm is not None:
+        submit(folder, runs, args)
+        return
+    todo = [run for run in runs if not is_over(folder, run)]
+    if args.dry_run:
+        with lost_console():
+            for run in todo:
+                print(shlex.join(command(folder, run)))
+            print(f"{counted(len(todo), 'run')} to do, {len(runs) - len(todo)} over", flush=True)
+    else:
+        if args.resume is None:
+            with locked(folder):
+                store(folder, merge(folder, runs), load_sweep(folder)["jobs"])
+        sys.exit(run_here(folder, runs, args.jobs or 1, todo))
 
 
 def print_status(folder):
     """How all runs in a folder stand."""
     runs = find_runs(folder)
     if not runs:
-        raise ConfigError(f"--status {folder}: holds no runs")
+        raise Refused(f"--status {folder}: holds no runs")
     standings, unreadable = {}, []
     for run in runs:
         try:
             standings[str(run.relative_to(folder))] = look(run)
-        except ConfigError as error:
+        except Refused as error:
             unreadable.append(str(error))
     with lost_console():
         make_console().print(report(standings), *unreadable, sep="\n")
@@ -155,16 +155,16 @@ def resumed(folder, args):
     """The runs of a sweep, or of one element of a job array of it."""
     runs, jobs = load_runs(folder), load_sweep(folder)["jobs"]
     if not runs:
-        raise ConfigError(f"--resume {folder}: not the folder of a sweep")
+        raise Refused(f"--resume {folder}: not the folder of a sweep")
     if args.element is None:
         return runs
     try:
         names = jobs[args.array]["elements"][args.element]
     except IndexError:
-        raise ConfigError(f"--array {args.array} --element {args.element}: {folder} has submitted none such") from None
+        raise Refused(f"--array {args.array} --element {args.element}: {folder} has submitted none such") from None
     return [run for run in runs if run.folder in names]
 
 
 if __name__ == "__main__":
-    signals.listen()
+    endings.listen()
     main()

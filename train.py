@@ -9,36 +9,34 @@
 args.json, run.json, train.log, eval.log, checkpoint/ and, as asked for, tb/, video/, model/.
 """
 
-import signals
+import endings
 
 if __name__ == "__main__":
-    signals.listen()  # before the seconds that the other imports take
+    endings.listen()  # before the other imports, which take seconds
 
 import contextlib
 import dataclasses
-import os
 import time
 
 import torch
 
-import dmc2gym
 import rendering
 from agent import make_agent
-from config import ConfigError, exit_with, leave
-from env_worker import WorkerDeath, open_env, open_eval_envs
+from endings import EXPECTED, Ending, Over, Stopped, check_signals, end
+from env_worker import open_env, open_eval_envs
 from episodes import eval_seed, evaluate, summary
 from logger import Logger, prepare_console
-from machine import bf16_time_ratio, check_machine, choose_device, keep_freed_memory, limit_threads
+from machine import check_machine, choose_device, keep_freed_memory, limit_threads
 from replay_buffer import ReplayBuffer
 from storage.checkpoint import Checkpoints, save_model
-from storage.run_folder import CHECKPOINT, DIVERGED, TOO_EARLY, Over, RunFolder, parse_run, provenance
+from storage.run_folder import CHECKPOINT, RunFolder, parse_run, provenance
 from utils import GlobalRandomness, seed_everything
 from video import save_video
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where the loop stands between two decisions."""
+    """Where the loop is between two decisions."""
 
     step: int = 0
     episode: int = 0
@@ -52,212 +50,197 @@ class Progress:
         vars(self).update(state)
 
 
-def train(config, folder, env, eval_envs, replay, agent, logger, progress, checkpoints):
-    """The training loop: config.num_train_steps decisions, one update each from init_steps on."""
-    obs = env.obs
+@dataclasses.dataclass
+class Run:
+    """One training run: its parts, and what they do together."""
 
-    for step in range(progress.step, config.num_train_steps):
-        # try to evaluate
-        if step % config.eval_freq == 0:
-            run_evaluation(config, folder, eval_envs, agent, logger, progress, checkpoints)
+    config: object
+    folder: RunFolder
+    env: object
+    eval_envs: list
+    replay: ReplayBuffer
+    agent: object
+    logger: Logger
+    progress: Progress
+    checkpoints: Checkpoints
 
-        # stop the run where it can be saved, or just save it
-        check(env, eval_envs, replay)
-        checkpoints.save_if_due()
+    def train(self):
+        """The training loop: config.num_train_steps decisions, one update each from init_steps on."""
+        config, env, replay, agent = self.config, self.env, self.replay, self.agent
+        logger, progress = self.logger, self.progress
+        obs = env.obs
 
-        # choose an action
-        if step < config.init_steps:
-            action = env.action_space.sample()
-        else:
-            action = agent.act(obs, sample=True)
-
-        # begin the env step
-        env.start(action)
-
-        # gradient updates beside it; they never see the transition being made
-        if step >= config.init_steps:
-            reading = step % config.log_interval == 0
-            for index in range(step * config.updates_per_step, (step + 1) * config.updates_per_step):
-                batch = agent.augment(replay.sample(config.batch_size))
-                logger.record(step, agent.update(batch, index, detailed=reading))
-            if reading:
-                logger.read()
+        for step in range(progress.step, config.num_train_steps):
+            # try to evaluate
             if step % config.eval_freq == 0:
-                logger.media(step, agent.images(batch), agent.named_parameters())
+                self.evaluate()
 
-        # end the env step
-        obs, reward, terminated, truncated = env.finish()
-        if obs is None:  # the physics has diverged: the episode ends without this transition
-            logger.physics_error(step + 1, progress.episode)
-        else:
-            replay.add(action, reward, obs, terminated)
-            progress.episode_reward += float(reward)
+            # stop the run where it can be saved, or just save it
+            check_signals()
+            replay.check_memory()
+            self.checkpoints.save_if_due()
 
-        # end of episode
-        if terminated or truncated:
-            logger.train_row(step + 1, episode=progress.episode, episode_reward=progress.episode_reward)
-            progress.episode += 1
-            progress.episode_reward = 0.0
-            obs = env.reset()
-            replay.begin_episode(obs)
+            # choose an action
+            if step < config.init_steps:
+                action = env.action_space.sample()
+            else:
+                action = agent.act(obs, sample=True)
 
-        progress.step = step + 1
-        logger.progress(progress.step)
-        folder.tick(progress.step)
+            # begin the env step
+            env.start(action)
 
-    run_evaluation(config, folder, eval_envs, agent, logger, progress, checkpoints)
+            # gradient updates beside it; they never see the transition being made
+            if step >= config.init_steps:
+                reading = step % config.log_interval == 0
+                for index in range(step * config.updates_per_step, (step + 1) * config.updates_per_step):
+                    batch = agent.augment(replay.sample(config.batch_size))
+                    logger.record(step, agent.update(batch, index, detailed=reading))
+                if reading:
+                    logger.read()
+                if step % config.eval_freq == 0:
+                    logger.media(step, agent.images(batch), agent.named_parameters())
 
+            # end the env step
+            obs, reward, terminated, truncated = env.finish()
+            if obs is None:  # the physics has diverged: the episode ends without this transition
+                logger.physics_error(step + 1, progress.episode)
+            else:
+                replay.add(action, reward, obs, terminated)
+                progress.episode_reward += float(reward)
 
-def run_evaluation(config, folder, eval_envs, agent, logger, progress, checkpoints):
-    """Evaluate the policy, unless that was done before the run was ended here, and save what the flags ask for."""
-    step = progress.step
-    if progress.evaluated == step:
-        return
-    start = time.monotonic()
-    seed, film = eval_seed(config), config.save_video
-    episodes = config.num_eval_episodes
-    returns, frames = evaluate(eval_envs, agent, episodes, seed, film, logger.message, check=signals.check)
-    duration = time.monotonic() - start
-    logger.eval_row(step, episode=progress.episode, **summary(returns), returns=returns, duration=duration)
-    if frames:
-        save_video(folder.path / "video" / f"{step}.mp4", frames, eval_envs[0].metadata["render_fps"])
-    if config.save_model:
-        save_model(agent, folder.path / "model", step)
-    progress.evaluated = step
-    checkpoints.save_if_due(evaluated=True)
+            # end of episode
+            if terminated or truncated:
+                logger.train_row(step + 1, episode=progress.episode, episode_reward=progress.episode_reward)
+                progress.episode += 1
+                progress.episode_reward = 0.0
+                obs = env.reset()
+                replay.begin_episode(obs)
 
+            progress.step = step + 1
+            logger.progress(progress.step)
+            self.folder.tick(progress.step)
 
-def check(env, eval_envs, replay):
-    """Raise `signals.Stopped` if the run has to stop between these two decisions."""
-    signals.check()
-    for each in (env, *eval_envs):
-        each.check()
-    replay.check_memory()
+        self.evaluate()
+
+    def evaluate(self):
+        """Evaluate the policy, unless the run was interrupted just after that, and save what the flags ask for."""
+        config, step = self.config, self.progress.step
+        if self.progress.evaluated == step:
+            return
+        start = time.monotonic()
+        returns, frames = evaluate(
+            self.eval_envs,
+            self.agent,
+            config.num_eval_episodes,
+            eval_seed(config),
+            config.save_video,
+            self.logger.message,
+            check=check_signals,
+        )
+        duration = time.monotonic() - start
+        self.logger.eval_row(
+            step, episode=self.progress.episode, **summary(returns), returns=returns, duration=duration
+        )
+        if frames:
+            fps = self.eval_envs[0].metadata["render_fps"]
+            save_video(self.folder.path / "video" / f"{step}.mp4", frames, fps)
+        if config.save_model:
+            save_model(self.agent, self.folder.path / "model", step)
+        self.progress.evaluated = step
+        self.checkpoints.save_if_due(evaluated=True)
+
+    def finish(self):
+        """Keep the networks of a finished run, and the rest only if --keep_checkpoint asks for it."""
+        self.logger.flush()
+        save_model(self.agent, self.folder.path / "model", self.progress.step)
+        if self.config.keep_checkpoint:
+            self.checkpoints.save()
+        self.folder.report(state="finished", step=self.progress.step)
+        if not self.config.keep_checkpoint:
+            self.checkpoints.free()
+
+    def complete(self):
+        """Train and finish, or record in run.json why not.
+
+        Raises:
+            Over: the run has stopped or diverged; the line names its folder and the reason.
+        """
+        try:
+            try:
+                self.train()
+            except Stopped:
+                self.checkpoints.save()
+                raise
+            return self.finish()
+        except Stopped as stop:
+            ending = Ending(f"{stop}; --run_dir {self.folder} resumes at step {self.progress.step}", stop.code)
+        except FloatingPointError as error:
+            ending = self.logger.explain(error)
+        except torch.OutOfMemoryError as error:  # of CUDA; its message is a paragraph
+            less = "--replay_device cpu, fewer runs at once or a smaller --batch_size take less"
+            ending = Ending(f"{str(error).split('. ')[0]}; {less}")
+        except (Ending, OSError, MemoryError) as error:  # a dead worker, a full disk
+            ending = error if isinstance(error, Ending) else Ending(error)
+        with contextlib.suppress(OSError):
+            self.folder.report(state=ending.state, step=self.progress.step, reason=str(ending))
+        raise Over(f"{self.folder}: stopped: {ending}", ending.code)
 
 
 def build(config, device):
-    """Environment to train in, those to evaluate in, replay and agent: everything random seeded by `config.seed`.
-
-    Raises:
-        EnvError, MemoryError: one of them cannot be made; one line.
-    """
+    """Environment to train in, those to evaluate in, replay and agent: everything random seeded by `config.seed`."""
     seed_everything(config.seed)
     if config.save_video:
         rendering.select_gl_backend()  # a run on states draws nothing else
     env, eval_envs = open_env(config, config.seed), open_eval_envs(config, config.num_eval_episodes)
     env.action_space.seed(config.seed)
-    signals.check()  # what came so far has taken seconds, and what follows does
+    check_signals()  # the environments have taken seconds, and so do the networks
     action_dim = env.action_space.shape[0]
     replay = ReplayBuffer(config, env.observation_space, action_dim, device)
-    try:
-        agent = make_agent(config, env.observation_space.shape, action_dim, device)
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        sizes = " ".join(f"--{flag} {getattr(config, flag)}" for flag in ("hidden_dim", "num_filters"))
-        raise MemoryError(f"{sizes}: the networks do not fit in the memory of {device}") from None
-    return env, eval_envs, replay, agent
-
-
-def describe(config, device, replay):
-    """What a run says of itself first: seed, threads, device, precision, what draws, memory of the replay."""
-    backend = os.environ.get("MUJOCO_GL")
-    drawn = f"drawn by {backend}, {rendering.renderer(backend)}"
-    sees = f"frames {drawn}"
-    if config.encoder_type == "identity":
-        sees = f"states, videos {drawn}" if config.save_video else "states"
-    threads = torch.get_num_threads()
-    return (
-        f"seed {config.seed}, on {device} with {threads} thread{'s' if threads > 1 else ''} in {config.precision}, "
-        f"{sees}, {replay.description}"
-    )
-
-
-def finish(config, folder, agent, logger, progress, checkpoints):
-    """The run is over: keep its networks, and the rest only if --keep_checkpoint asks for that."""
-    logger.flush()
-    save_model(agent, folder.path / "model", progress.step)
-    if config.keep_checkpoint:
-        checkpoints.save()
-    folder.report(state="finished", step=progress.step)
-    if not config.keep_checkpoint:
-        checkpoints.free()
+    return env, eval_envs, replay, make_agent(config, env.observation_space.shape, action_dim, device)
 
 
 def prepare():
-    """Check, build and restore everything that `train` needs. Bad input: one line, exit code 2, nothing created."""
-    signals.check()
-    config, continues = parse_run()
+    """Check the flags, build a `Run` and restore its checkpoint. Bad input creates nothing."""
+    check_signals()
+    config, resumes = parse_run()
     device = choose_device(config.device)
     check_machine(config, device)
     env, eval_envs, replay, agent = build(config, device)
-    signals.check()
-    folder = RunFolder(config, continues)
+    check_signals()
+    folder = RunFolder(config, resumes)
     logger, progress = Logger(folder.path, config), Progress()
     parts = {"progress": progress, "agent": agent, **agent.optimizers, "replay": replay, "env": env, "logger": logger}
     parts["randomness"] = GlobalRandomness()
     made_with = provenance(device)
-    if not continues:
+    if not resumes:
         folder.begin(0, made_with)
     checkpoints = Checkpoints(folder.path, parts, config.checkpoint_minutes, made_with, logger.message)
     replay.open_journal(folder.path / CHECKPOINT)
     if not checkpoints.load():
-        logger.cut_logs({})  # of a run that was ended before its first checkpoint
+        logger.cut_logs({})  # rows from before the first checkpoint
         replay.begin_episode(env.reset())
-    if continues:
+    if resumes:
         folder.begin(progress.step, made_with)
     try:
         logger.open()
     except OSError as error:
         folder.take_back(error)
         raise
-    on = f"goes on at step {progress.step}, " if continues else ""
-    logger.message(f"{folder}: {on}{describe(config, device, replay)}")
-    if config.precision == "bf16" and device.type == "cpu" and (ratio := bf16_time_ratio()) >= 1:
-        logger.message(
-            f"warning: --precision bf16: a convolution takes {ratio:.2f} times as long in it as in fp32 here"
-        )
-    return config, folder, env, eval_envs, replay, agent, logger, progress, checkpoints
+    logger.announce(folder, device, replay, progress.step if resumes else None)
+    return Run(config, folder, env, eval_envs, replay, agent, logger, progress, checkpoints)
 
 
 def main():
-    """The command: exit code 0 finished, 1 failed, 2 refused, 3 diverged, 75 and 130 stopped by a signal."""
+    """The command; endings.py lists the exit codes."""
     prepare_console()
     keep_freed_memory()
     limit_threads()
     try:
         run = prepare()
-    except Over as over:
-        leave(str(over), over.code)
-    except signals.Stopped as stop:
-        leave(f"train.py: stopped by {stop} {TOO_EARLY}", stop.code)
-    except (WorkerDeath, OSError) as error:  # a full disk; no fault of the flags
-        leave(f"train.py: stopped before it began: {error}", 1)
-    except (ConfigError, dmc2gym.EnvError, MemoryError) as error:
-        exit_with(error)
-
-    config, folder, _, _, _, agent, logger, progress, checkpoints = run
-    with contextlib.closing(logger):  # the last, since an upload may take its time
-        try:
-            try:
-                train(*run)
-            except signals.Stopped:
-                checkpoints.save()
-                raise
-            finish(config, folder, agent, logger, progress, checkpoints)
-            return
-        except signals.Stopped as stop:
-            state, code, why = "stopped", stop.code, f"{stop}; --run_dir {folder} goes on at step {progress.step}"
-        except FloatingPointError as error:
-            state, code, why = "diverged", DIVERGED, logger.explain(error)
-        except (dmc2gym.EnvError, MemoryError, OSError) as error:  # a full disk too
-            state, code, why = "stopped", 1, error
-        except torch.OutOfMemoryError as error:  # of CUDA; its message is a paragraph
-            less = "--replay_device cpu, fewer runs at once or a smaller --batch_size take less"
-            state, code, why = "stopped", 1, f"{str(error).split('. ')[0]}; {less}"
-        with contextlib.suppress(OSError):
-            folder.report(state=state, step=progress.step, message=f"{folder}: stopped: {why}")
-    leave(f"{folder}: stopped: {why}", code)
+        with contextlib.closing(run.logger):  # last, since an upload may take a while
+            run.complete()
+    except EXPECTED as error:
+        end(error)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
 
-from signals import kept_from_children
+from endings import signals_kept_from_children
 
 
 def save_video(path, frames, fps):
@@ -23,7 +23,7 @@ def save_video(path, frames, fps):
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp.mp4")
     try:
-        with kept_from_children():
+        with signals_kept_from_children():
             stack = np.stack(frames)
             iio.imwrite(temporary, stack, plugin="FFMPEG", fps=fps, codec="libx264", ffmpeg_log_level="quiet")
             if imageio_ffmpeg.count_frames_and_secs(temporary)[0] != len(frames):  # ffmpeg fails without a word

@@ -22,8 +22,8 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from config import ConfigError, exit_with, parse, parse_flags  # noqa: E402
-from dmc2gym import EnvError  # noqa: E402
+from config import parse, parse_flags  # noqa: E402
+from endings import EXPECTED, end  # noqa: E402
 from machine import choose_device, keep_freed_memory, limit_threads  # noqa: E402
 from storage.checkpoint import Checkpoints  # noqa: E402
 from storage.run_folder import git_commit  # noqa: E402
@@ -122,8 +122,8 @@ def main():
         with tempfile.TemporaryDirectory(dir=".") as folder:
             (pathlib.Path(folder) / "checkpoint").mkdir()
             measure(args, config, pathlib.Path(folder))
-    except (ConfigError, EnvError) as error:
-        exit_with(error)
+    except EXPECTED as error:
+        end(error)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from config import TASK_TABLE, Config, ConfigError, complete, exit_with, parse_flags  # noqa: E402
-from dmc2gym import EnvError, make  # noqa: E402
+from config import TASK_TABLE, Config, complete, parse_flags  # noqa: E402
+from dmc2gym import make  # noqa: E402
+from endings import EXPECTED, Refused, end  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Args:
 
 
 def random_returns(task, num_episodes):
-    """Undiscounted returns of that many episodes, a list of floats; nothing is drawn. `EnvError`: no such task."""
+    """Undiscounted returns of that many episodes, a list of floats; nothing is drawn. `Refused`: no such task."""
     domain_name, _, task_name = task.partition("-")
     repeat = complete(Config(domain_name=domain_name, task_name=task_name)).action_repeat
     env = make(domain_name, task_name, seed=0, frame_skip=repeat)
@@ -53,7 +54,7 @@ def main():
     try:
         args = parse_flags(Args)
         if args.num_episodes < 2:
-            raise ConfigError(f"--num_episodes {args.num_episodes}: must be at least 2, for a standard deviation")
+            raise Refused(f"--num_episodes {args.num_episodes}: must be at least 2, for a standard deviation")
         source = f"this project, {args.num_episodes} episodes: python benchmarks/random_policy.py"
         rows = csv.writer(sys.stdout, lineterminator="\n")
         rows.writerow("method env_steps task mean std seeds source".split())
@@ -62,8 +63,8 @@ def main():
             mean, std = statistics.mean(returns), statistics.stdev(returns)
             rows.writerow(["random policy", 0, task.replace("-", "_"), f"{mean:.1f}", f"{std:.1f}", "", source])
             sys.stdout.flush()
-    except (ConfigError, EnvError) as error:
-        exit_with(error)
+    except EXPECTED as error:
+        end(error)
 
 
 if __name__ == "__main__":

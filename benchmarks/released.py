@@ -25,7 +25,8 @@ from throughput import REPLAY, full_replay, in_own_process, median_seconds, rand
 from torch import nn
 
 from agent import make_agent
-from config import ConfigError, exit_with, parse_flags
+from config import parse_flags
+from endings import EXPECTED, Refused, end
 from machine import keep_freed_memory, limit_threads
 from storage.run_folder import git_commit
 from utils import seed_everything
@@ -110,14 +111,14 @@ def measure(config, updates, directory, raised):
 
 
 def check(directory):
-    """Raise `ConfigError` unless `directory` is an unchanged checkout of the released code."""
+    """Raise `Refused` unless `directory` is an unchanged checkout of the released code."""
     git = ["git", "-C", directory, "describe", "--always", "--dirty", "--exclude=*", f"--abbrev={len(COMMIT)}"]
     try:
         head = subprocess.run(git, capture_output=True, text=True).stdout
     except OSError:
-        raise ConfigError("git is not installed; it tells which commit DIR is at") from None
+        raise Refused("git is not installed; it tells which commit DIR is at") from None
     if head.strip() != COMMIT or not (pathlib.Path(directory) / "cody_sac.py").exists():
-        raise ConfigError(f"{directory or 'DIR'}: not the released code at commit {COMMIT}; {HOW}")
+        raise Refused(f"{directory or 'DIR'}: not the released code at commit {COMMIT}; {HOW}")
 
 
 def main():
@@ -126,8 +127,8 @@ def main():
         check(args.dir)
         ours = {name: value for name, value in vars(args).items() if name != "dir"}
         rows = throughput.rows_of(throughput.Args(**ours, flags="--device cpu"))
-    except ConfigError as error:
-        exit_with(error)
+    except EXPECTED as error:
+        end(error)
     limit_threads()
     print(f"cpu, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {git_commit()}")
     print(f"released code at {COMMIT}, replaced in it: gym, kornia.augmentation.RandomCrop, np.int\n")

@@ -34,8 +34,8 @@ import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode, flop_registry  # noqa: E402
 
 from agent import make_agent  # noqa: E402
-from config import ConfigError, exit_with, parse, parse_flags  # noqa: E402
-from dmc2gym import EnvError  # noqa: E402
+from config import parse, parse_flags  # noqa: E402
+from endings import EXPECTED, Refused, end  # noqa: E402
 from env_worker import open_env  # noqa: E402
 from machine import bf16_time_ratio, choose_device, keep_freed_memory, limit_threads  # noqa: E402
 from replay_buffer import ReplayBuffer  # noqa: E402
@@ -192,16 +192,16 @@ def in_own_process(function, *args):
 
 
 def rows_of(args):
-    """[(the row's flags, its config)], batch size by batch size; `ConfigError` if one cannot be timed."""
+    """[(the row's flags, its config)], batch size by batch size; `Refused` if one cannot be timed."""
     for flag, least in {"updates": 2, "decisions": 2, "rounds": 1}.items():
         if getattr(args, flag) < least:
-            raise ConfigError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
+            raise Refused(f"--{flag} {getattr(args, flag)}: must be at least {least}")
     rows = []
     for batch_size, row in itertools.product(args.batch_sizes.split(), args.rows.split(",")):
         flags = f"--replay_buffer_capacity {REPLAY} --batch_size {batch_size} {args.flags} {row}"
         rows.append((" ".join(row.split()), parse(flags.split())))
     if not rows:
-        raise ConfigError("--batch_sizes: names none")
+        raise Refused("--batch_sizes: names none")
     return rows
 
 
@@ -265,8 +265,8 @@ def main():
             print(f"a convolution takes {bf16_time_ratio():.2f} times as long in bf16 as in fp32", flush=True)
         rounds = [measure_rows(rows, args) for _ in range(args.rounds)]
         print_table(rows, [over_rounds(of_row) for of_row in zip(*rounds, strict=True)])
-    except (ConfigError, EnvError) as error:
-        exit_with(error)
+    except EXPECTED as error:
+        end(error)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from config import ConfigError
+from endings import Refused
 from experiments.scores import (
     MADE_BY,
     STATISTICS,
@@ -157,14 +157,14 @@ def draw_diagnostics(frame):
         The figure, and the titles of the diagnostics that no run has logged, which it lacks.
 
     Raises:
-        ConfigError: no run has logged any of them.
+        Refused: no run has logged any of them.
     """
     ours = frame[frame["state"] != "published"]
     runs = ours[ours["state"] != "missing"].drop_duplicates("run")
     logs = {run: training_log(run) for run in runs["run"]}
     names = [name for name in DIAGNOSTICS if any(log[name].notna().any() for log in logs.values())]
     if not names:
-        raise ConfigError("--diagnostics: no train.log here has any of them; runs of --agent cody_sac log them")
+        raise Refused("--diagnostics: no train.log here has any of them; runs of --agent cody_sac log them")
     silent = [(run.curve, run.seed) for run in runs.itertuples() if not logs[run.run][names].notna().any(axis=None)]
     tasks, seeds = runs["task"].unique(), sorted(runs["seed"].unique())
     styles = looks(runs["curve"].unique())

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import dashboard
 import dmc2gym
-from config import UNCHANGING, Config, ConfigError, parse, show
+from config import UNCHANGING, Config, parse, show
+from endings import Over, Refused
 from machine import check_machine, choose_device
-from storage.run_folder import Over, check_writable, load_sweep, parse_run, write_json
+from storage.run_folder import check_writable, load_sweep, parse_run, write_json
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 UNNAMED = {"domain_name", "task_name", "seed"}  # have folders of their own
@@ -36,19 +37,19 @@ def parse_grid(flags):
     while tokens:
         flag, equals, value = tokens.pop(0).partition("=")
         if not re.fullmatch(r"--[a-zA-Z].*", flag):
-            raise ConfigError(f"{show(flag)}: what stands behind the -- must be flags of train.py and their values")
+            raise Refused(f"{show(flag)}: what stands behind the -- must be flags of train.py and their values")
         if not equals:
             value = tokens.pop(0) if tokens and not tokens[0].startswith("--") else None
         name = flag[2:].replace("-", "_")
         if name in grid:
-            raise ConfigError(f"--{name}: given twice; values with commas between them make a grid")
+            raise Refused(f"--{name}: given twice; values with commas between them make a grid")
         if name in ("work_dir", "run_dir"):
-            raise ConfigError(f"--{name}: a sweep names the folders of its runs; --work_dir before the -- is its own")
+            raise Refused(f"--{name}: a sweep names the folders of its runs; --work_dir before the -- is its own")
         values = [None] if value is None else value.split(",")
         if "" in values:
-            raise ConfigError(f"--{name} {show(value)}: an empty value")
+            raise Refused(f"--{name} {show(value)}: an empty value")
         if name in switches and value is not None and not set(values) <= {"true", "false"}:
-            raise ConfigError(f"--{name} {show(value)}: takes no value, or true and false for a grid")
+            raise Refused(f"--{name} {show(value)}: takes no value, or true and false for a grid")
         grid[name] = values
     return grid
 
@@ -60,7 +61,7 @@ def parse_variants(args):
         try:
             lines += pathlib.Path(args.variants).read_text().splitlines()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"--variants {args.variants}: {getattr(error, 'strerror', 'not a text')}") from None
+            raise Refused(f"--variants {args.variants}: {getattr(error, 'strerror', 'not a text')}") from None
     variants = {}
     for line in lines:
         if not line.strip() or line.strip().startswith("#"):
@@ -68,19 +69,19 @@ def parse_variants(args):
         name, colon, flags = line.partition(":")
         name = name.strip()
         if not colon or not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
-            raise ConfigError(f"--variant {show(line.strip())}: must be 'name: flags', a name of letters, digits, _.+-")
+            raise Refused(f"--variant {show(line.strip())}: must be 'name: flags', a name of letters, digits, _.+-")
         if name in variants:
-            raise ConfigError(f"--variant {name}: two of that name")
+            raise Refused(f"--variant {name}: two of that name")
         try:
             variants[name] = parse_grid(shlex.split(flags, comments=True))
         except ValueError as error:
-            raise ConfigError(f"--variant {name}: {error}") from None
+            raise Refused(f"--variant {name}: {error}") from None
         if any(len(values) > 1 for values in variants[name].values()):
-            raise ConfigError(f"--variant {name}: has a grid in it; grids stand behind the --")
+            raise Refused(f"--variant {name}: has a grid in it; grids stand behind the --")
     if args.only is not None:
         for name in args.only.split(","):
             if name not in variants:
-                raise ConfigError(f"--only {show(name)}: no such variant; there are {', '.join(variants) or 'none'}")
+                raise Refused(f"--only {show(name)}: no such variant; there are {', '.join(variants) or 'none'}")
         variants = {name: variants[name] for name in args.only.split(",")}
     return variants or {None: {}}
 
@@ -93,7 +94,7 @@ def combinations(variants, grid):
         point = dict(zip(axes, values, strict=True))
         for variant, own in variants.items():
             if clash := [name for name in own if len(grid.get(name, [])) > 1]:
-                raise ConfigError(f"--{clash[0]}: has several values behind the --, and one in --variant {variant}")
+                raise Refused(f"--{clash[0]}: has several values behind the --, and one in --variant {variant}")
             flags = {**point, **{name: value for name, (value,) in own.items()}}
             yield variant, [f"{name}={point[name]}" for name in several], flags
 
@@ -104,7 +105,7 @@ def as_flags(point):
     if "task" in point:
         domain, dash, task = (point.pop("task") or "").partition("-")
         if not dash or {"domain_name", "task_name"} & set(point):
-            raise ConfigError(f"--task {domain}: must be domain-task, such as cartpole-swingup, in place of both flags")
+            raise Refused(f"--task {domain}: must be domain-task, such as cartpole-swingup, in place of both flags")
         point = {"domain_name": domain, "task_name": task, **point}
     if "save_tb" not in point and "no_save_tb" not in point:
         point["save_tb"] = None
@@ -123,22 +124,22 @@ def plan(args, flags, folder):
     """The runs of a command, those of an earlier command in `folder` in the places that they have; creates nothing.
 
     Raises:
-        ConfigError, dmc2gym.EnvError: one of them cannot work.
+        Refused, Refused: one of them cannot work.
     """
     runs, checked = {}, set()
     for variant, values, point in combinations(parse_variants(args), parse_grid(flags)):
         if point.get("seed") == "-1":
-            raise ConfigError("--seed -1: the seeds of a sweep are names of folders; give them")
+            raise Refused("--seed -1: the seeds of a sweep are names of folders; give them")
         words = as_flags(point)
         try:
             config = parse(words)
-        except ConfigError as error:
-            raise ConfigError(f"{error} (in variant {variant})" if variant else error) from None
+        except Refused as error:
+            raise Refused(f"{error} (in variant {variant})" if variant else error) from None
         task = f"{config.domain_name}-{config.task_name}"
         differs = ",".join([variant, *values] if variant else values) or config.agent
         run = Run(f"{differs}/{task}/s{config.seed}", words)
         if (twin := runs.setdefault(_result(config), run)) is not run:
-            raise ConfigError(f"{twin.folder} and {run.folder}: the same run twice")
+            raise Refused(f"{twin.folder} and {run.folder}: the same run twice")
         check_writable("name", str(folder / run.folder))
         needs = {name: getattr(config, name) for name in NEEDS}
         if (scene := (task, config.encoder_type, *needs.values())) not in checked:
@@ -162,7 +163,7 @@ def is_over(folder, run):
     """Whether a run is finished or has diverged.
 
     Raises:
-        ConfigError: it can neither begin nor go on with its flags.
+        Refused: it can neither begin nor go on with its flags.
     """
     try:
         parse_run([*run.flags, "--run_dir", str(folder / run.folder)])
@@ -180,7 +181,7 @@ def merge(folder, runs):
     """The runs of a command and all that sweep.json names besides: none is removed.
 
     Raises:
-        ConfigError: a run was planned with flags that give another result.
+        Refused: a run was planned with flags that give another result.
     """
     before = {run.folder: run.flags for run in load_runs(folder)}
     for run in runs:
@@ -190,7 +191,7 @@ def merge(folder, runs):
                 if name not in UNCHANGING and (old := getattr(theirs, name)) != value:
                     if name != "num_train_steps" or value < old:
                         right = f"{folder / run.folder} was planned with {show(old)}; give the sweep another --name"
-                        raise ConfigError(f"--{name} {show(value)}: {right}")
+                        raise Refused(f"--{name} {show(value)}: {right}")
     return [Run(*item) for item in (before | dict(runs)).items()]
 
 

@@ -9,18 +9,18 @@ import time
 
 from rich.live import Live
 
+import endings
 import rendering
-import signals
+from endings import DIVERGED, REFUSED
 from experiments.grid import command
 from experiments.status import STATES, counted, hours, in_words, look, lost_console, make_console, report
 from machine import available_cores
-from storage.run_folder import DIVERGED, OUTPUT, is_written, last_line, load_status
+from storage.run_folder import EXIT_CODE, OUTPUT, is_written, last_line, load_status, write_json
 
 HOST = socket.gethostname()
 ATTEMPTS = 3  # of a run that dies
 POLL = 0.2  # seconds between two looks at the processes
 REFRESH = 2  # seconds between two looks at their folders
-REFUSED = 2  # exit code
 
 
 def places(jobs):
@@ -120,6 +120,8 @@ class Processes:
 
     def _ended(self, run, code):
         path = self._folder / run.folder
+        if not (path / "args.json").exists():
+            write_json(path / EXIT_CODE, code)
         if code == 0:
             self._say(f"{run.folder}: finished, return {in_words(look(path))}")
         elif code == DIVERGED:
@@ -174,9 +176,9 @@ def run_here(folder, runs, jobs, todo):
                     with lost_console():
                         screen.update(report(_by_state(standings)), refresh=True)
             time.sleep(POLL)
-            signals.check()  # before a process that the same signal has ended could be started again
+            endings.check_signals()  # before a process that the same signal has ended could be started again
         code = 1 if processes.failed else 0
-    except signals.Stopped as stop:
+    except endings.Stopped as stop:
         code = stop.code
     finally:
         processes.stop()

@@ -17,7 +17,8 @@ import pandas as pd
 from scipy.stats import t as student_t
 from scipy.stats import trim_mean
 
-from config import UNCHANGING, Config, ConfigError, complete, parse_flags
+from config import UNCHANGING, Config, complete, parse_flags
+from endings import Refused
 from storage.run_folder import find_runs, load_args, load_rows, load_state, load_sweep
 
 MADE_BY = "plot.py of CoDy"  # in every picture and table that may be written over
@@ -42,12 +43,12 @@ def read_scores(paths):
     `env_step` counts environment steps, `episode_reward` is the mean return of one evaluation.
 
     Raises:
-        ConfigError: a path is missing, holds no run, or is in none of the formats.
+        Refused: a path is missing, holds no run, or is in none of the formats.
     """
     frames = []
     for path in map(pathlib.Path, paths):
         if not path.exists():
-            raise ConfigError(f"{path}: no such folder or file")
+            raise Refused(f"{path}: no such folder or file")
         frames.append(_read_folder(path) if path.is_dir() else _read_file(path))
     frame = pd.concat([f.dropna(axis="columns", how="all") for f in frames], ignore_index=True)
     frame = frame.reindex(columns=list(dict.fromkeys([*EVALUATION, "run", *frame])))
@@ -65,7 +66,7 @@ def _typed(frame):
 def _read_folder(folder):
     runs = find_runs(folder)
     if not runs:
-        raise ConfigError(f"{folder}: holds no run (no args.json at any depth)")
+        raise Refused(f"{folder}: holds no run (no args.json at any depth)")
     planned = {  # flags of the runs that a sweep has not begun
         sweep.parent / run["folder"]: run["flags"]
         for sweep in folder.rglob("sweep.json")
@@ -126,7 +127,7 @@ def _read_file(path):
             raise KeyError
         return _typed(frame[[name for name in frame if name in {*EVALUATION, *METHOD, "run"}]])
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(
+        raise Refused(
             f"{path}: neither drq's curves (.csv: step, episode_reward, env, seed, agent) nor dreamerv3's (.json.gz: "
             "task, method, seed, xs, ys) nor a CSV of plot.py"
         ) from None
@@ -156,7 +157,7 @@ def with_curves(frame, hue):
         hue: such names with commas between, or None to choose them; public curves lack them and go by their agent.
 
     Raises:
-        ConfigError: there is no such flag, the runs lie in no variants, or two runs of a curve have the same seed.
+        Refused: there is no such flag, the runs lie in no variants, or two runs of a curve have the same seed.
     """
     ours = frame[frame["state"] != "published"]
     if hue is None:
@@ -170,10 +171,10 @@ def with_curves(frame, hue):
         if name not in possible:
             near = difflib.get_close_matches(name, possible, n=1, cutoff=0.5)
             nearest = f"; the nearest is {near[0]}" if near else ""
-            raise ConfigError(f"--hue {name}: not variant, agent or a flag of the method{nearest}")
+            raise Refused(f"--hue {name}: not variant, agent or a flag of the method{nearest}")
         if name not in frame or ours[name].isna().any():
             right = "not all runs lie in <variant>/<task>/s<seed>" if name == "variant" else "not known of all runs"
-            raise ConfigError(f"--hue {name}: {right}")
+            raise Refused(f"--hue {name}: {right}")
     values = frame[names]
     label = values.map(lambda v: f"{v:g}" if isinstance(v, float) else str(v)).agg(", ".join, axis=1)
     frame = frame.assign(curve=label.where(values.notna().all(axis=1), frame["agent"]))
@@ -182,7 +183,7 @@ def with_curves(frame, hue):
     for (curve, task, seed), part in frame.groupby(["curve", "task", "seed"], sort=False):
         if part["run"].nunique() > 1 or part["env_step"].duplicated().any():
             two = " and ".join(part["run"].unique()[:2])
-            raise ConfigError(f"--hue {','.join(names)}: does not tell seed {seed} of {curve} on {task} apart: {two}")
+            raise Refused(f"--hue {','.join(names)}: does not tell seed {seed} of {curve} on {task} apart: {two}")
     return frame, names
 
 

@@ -42,7 +42,7 @@ def look(run):
         seconds = pace * (args["num_train_steps"] - step)
     note = ""
     if state in ("stopped", "diverged"):
-        note = word.get("message", "").split(": stopped: ")[-1]
+        note = word.get("reason", "")
     elif state == "died":
         note = last_line(run)
     last = evaluations[-1]["episode_reward"] if evaluations else None

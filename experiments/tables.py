@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from config import ConfigError
+from endings import Refused
 from experiments.scores import (
     MADE_BY,
     MIN_SEEDS,
@@ -31,10 +31,10 @@ ALL = "all tasks"
 
 
 def last_common_step(frame):
-    """The last environment step at which all runs that have begun were evaluated; `ConfigError`: there is none."""
+    """The last environment step at which all runs that have begun were evaluated; `Refused`: there is none."""
     common = set.intersection(*(set(steps) for _, steps in begun(frame).groupby("run")["env_step"]))
     if not common:
-        raise ConfigError("--table: no environment step at which all runs were evaluated; name one, as --table 100000")
+        raise Refused("--table: no environment step at which all runs were evaluated; name one, as --table 100000")
     return max(common)
 
 

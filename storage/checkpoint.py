@@ -20,7 +20,7 @@ import time
 
 import torch
 
-from config import ConfigError
+from endings import Refused
 from storage.run_folder import CHECKPOINT, write_json, write_whole
 
 COST = 50  # an evaluation is followed by a checkpoint if that takes at most 1/50 of the time since the last
@@ -45,22 +45,22 @@ def load_model(agent, folder, step=None):
     """Restore what `save_model` wrote at `step`, the last one if None; returns the step.
 
     Raises:
-        ConfigError: there is no such file, or it is no model of such an agent.
+        Refused: there is no such file, or it is no model of such an agent.
     """
     saved = sorted(int(path.stem) for path in pathlib.Path(folder).glob("*.pt") if path.stem.isdigit())
     if not saved:
-        raise ConfigError(
+        raise Refused(
             f"{folder}: no saved model; one comes when the run is finished, or with --save_model at each evaluation"
         )
     step = saved[-1] if step is None else step
     if step not in saved:
-        raise ConfigError(f"--step {step}: not in {folder}, which has {', '.join(map(str, saved))}")
+        raise Refused(f"--step {step}: not in {folder}, which has {', '.join(map(str, saved))}")
     path = pathlib.Path(folder) / f"{step}.pt"
     try:  # weights_only: a file from elsewhere runs no code
         agent.load_state_dict(torch.load(path, map_location=agent.device, weights_only=True))
     except Exception as error:  # a foreign file can fail anywhere in there
         reason = (str(error).splitlines() or [""])[0][:80]
-        raise ConfigError(f"{path}: no model of this run ({type(error).__name__}: {reason})") from None
+        raise Refused(f"{path}: no model of this run ({type(error).__name__}: {reason})") from None
     return step
 
 
@@ -128,7 +128,7 @@ class Checkpoints:
         """Restore the last checkpoint that is whole; whether there was any.
 
         Raises:
-            ConfigError: there are some and none is whole.
+            Refused: there are some and none is whole.
         """
         damaged = []
         for number in sorted(self._numbers(), reverse=True):
@@ -146,7 +146,7 @@ class Checkpoints:
                     what.load_state_dict(state[part])
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 reason = (str(error).splitlines() or [""])[0][:80]
-                raise ConfigError(f"{self._folder}: made by another version of this code ({reason})") from None
+                raise Refused(f"{self._folder}: made by another version of this code ({reason})") from None
             before, now = _flat(made_with), _flat(self._made_with)
             changes = [
                 f"{name} {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]
@@ -156,7 +156,7 @@ class Checkpoints:
             self._kept = {number: {*files, f"{number:06d}.json"}}
             return True
         if damaged:
-            raise ConfigError(f"{damaged[0]}; no checkpoint is whole, so the run must be started anew elsewhere")
+            raise Refused(f"{damaged[0]}; no checkpoint is whole, so the run must be started anew elsewhere")
         return False
 
     def _read(self, number):

@@ -2,7 +2,7 @@
 
 args.json    every flag, what the run was made with, and each continuation
 run.json     one small object, whole at any moment: `state` (running, stopped, finished, diverged), `step`, `env_step`,
-             `num_train_steps`, `time` of the last word (seconds since 1970), `host`, `pid`, `message` of its end
+             `num_train_steps`, `time` of the last update (seconds since 1970), `host`, `pid`, `reason` of its end
 lock         held by the process that writes here
 train.log, eval.log, tb/, wandb/, video/, model/, checkpoint/
 
@@ -25,18 +25,15 @@ import subprocess
 import sys
 import time
 
-import psutil
-
+import endings
 import rendering
-from config import UNCHANGING, Config, ConfigError, check, complete, parse_flags, show
-from signals import kept_from_children
+from config import UNCHANGING, Config, check, complete, parse_flags, show
+from endings import Over, Refused, signals_kept_from_children
 
-DIVERGED = 3  # exit code
 CHECKPOINT = "checkpoint"  # the folder's name
 OUTPUT = "output.log"  # what a run of a sweep prints
-TOO_EARLY = "before it began"  # how the line ends of one that a signal has stopped then
-WORDS = 10  # seconds between two steps in run.json
-SILENCE = 1800  # seconds without a word after which a run on a file system without locks counts as dead
+EXIT_CODE = "exit_code.json"  # of a run of a sweep that ended before it wrote its args.json
+HEARTBEAT_SECONDS = 10  # between two updates of run.json
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -78,7 +75,7 @@ def load_args(run):
     """args.json of the run in folder `run`, a dict.
 
     Raises:
-        ConfigError: the folder holds no run.
+        Refused: the folder holds no run.
     """
     try:
         args = json.loads((pathlib.Path(run) / "args.json").read_text())
@@ -93,7 +90,7 @@ def run_id(run):
     """A name for the run in folder `run` that no other has, 16 characters; it stays when the run goes on or is moved.
 
     Raises:
-        ConfigError: the folder holds no run.
+        Refused: the folder holds no run.
     """
     args = load_args(run)
     return hashlib.sha256(json.dumps([args["time"], args["command"], args["seed"]]).encode()).hexdigest()[:16]
@@ -103,7 +100,7 @@ def load_config(run):
     """The config of the run in folder `run`: its args.json read as flags; those newer than it have their defaults.
 
     Raises:
-        ConfigError: the folder holds no run.
+        Refused: the folder holds no run.
     """
     args = load_args(run)
     names = {field.name for field in dataclasses.fields(Config)}
@@ -111,13 +108,13 @@ def load_config(run):
         config = complete(parse_flags(Config, [_as_flag(name, value) for name, value in args.items() if name in names]))
         check(config)
         return config
-    except ConfigError as error:
+    except Refused as error:
         raise _no_run(run, error) from None
 
 
 def _no_run(run, error):
     reason = getattr(error, "strerror", None) or str(error)
-    return ConfigError(f"{run}: not the folder of a run (args.json: {reason[:100]})")
+    return Refused(f"{run}: not the folder of a run (args.json: {reason[:100]})")
 
 
 def _as_flag(name, value):
@@ -150,7 +147,7 @@ def load_sweep(folder):
     """sweep.json of a folder: `runs`, a list of {folder, flags}, and `jobs`; both empty without such a file.
 
     Raises:
-        ConfigError: it cannot be read.
+        Refused: it cannot be read.
     """
     path = pathlib.Path(folder) / "sweep.json"
     try:
@@ -161,14 +158,14 @@ def load_sweep(folder):
         return {"runs": [], "jobs": []}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or f"not what sweep.py writes: {error}"
-        raise ConfigError(f"{path}: cannot be read ({reason[:80]})") from None
+        raise Refused(f"{path}: cannot be read ({reason[:80]})") from None
 
 
 def find_runs(folder):
     """Folders of the runs in `folder` and below it: those that a sweep.json names, begun or not, then the others.
 
     Raises:
-        ConfigError: a sweep.json cannot be read.
+        Refused: a sweep.json cannot be read.
     """
     found = {}
     for sweep in sorted(pathlib.Path(folder).rglob("sweep.json")):
@@ -180,13 +177,17 @@ def find_runs(folder):
 def load_state(run):
     """How the run in folder `run` stands: missing, running, died, stopped, diverged or finished.
 
-    "died": it says that it is running but no process writes there, or its last words came before it began. "stopped" by
-    a signal or an error: run.json tells. A run that has kept its logs alone is finished if it was evaluated at its end.
+    "died": run.json says running but no process holds the lock, or the process failed before it began. "stopped" by a
+    signal or an error: run.json has the reason. A run with its logs alone is
+    finished if it was evaluated at its end.
     """
     run = pathlib.Path(run)
     if not (run / "args.json").exists():
-        said = last_line(run)
-        return "died" if said and not said.endswith(TOO_EARLY) else "missing"
+        try:
+            code = json.loads((run / EXIT_CODE).read_text())
+        except (OSError, ValueError):
+            return "missing"
+        return "missing" if code in endings.EXIT_CODES.values() else "died"
     if word := load_status(run):
         return word["state"] if word["state"] != "running" or is_written(run) else "died"
     rows = load_rows(run, "eval.log")
@@ -215,37 +216,17 @@ def is_written(run):
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        return _seems_alive(run)
-
-
-def _seems_alive(run):
-    """Where the file system has no locks: whether run.json speaks of a process that may still be there."""
-    run, word = pathlib.Path(run), load_status(run)
-    if word.get("state") != "running":
         return False
-    if word["host"] == socket.gethostname() and (word["pid"] == os.getpid() or not psutil.pid_exists(word["pid"])):
-        return False
-    probe = run / "lock"
-    probe.touch()  # the file server's clock tells both times
-    return probe.stat().st_mtime - (run / "run.json").stat().st_mtime < SILENCE
-
-
-class Over(Exception):
-    """The run in --run_dir has ended and there is nothing to do; the message is a line for the user."""
-
-    def __init__(self, line, code):
-        super().__init__(line)
-        self.code = code
 
 
 def parse_run(args=None):
-    """Command line of train.py -> (config, whether it continues the run in --run_dir).
+    """Command line of train.py -> (config, whether it resumes the run in --run_dir).
 
     Flags that are not given are those of the run that is continued; one that is given and differs is refused, unless
     it changes no result (`config.UNCHANGING`) or is a larger --num_train_steps.
 
     Raises:
-        ConfigError: see `config.check`; --run_dir holds something that is no run, or a run of other flags.
+        Refused: see `config.check`; --run_dir holds something that is no run, or a run of other flags.
         Over: the run there is finished or has diverged.
     """
     config = parse_flags(Config, args)
@@ -263,7 +244,7 @@ def parse_run(args=None):
         grows = field.name == "num_train_steps" and new > old
         if old != new and field.name not in UNCHANGING and not grows:
             right = "it may only grow" if field.name == "num_train_steps" else "a flag of a run cannot change"
-            raise ConfigError(f"--{field.name} {show(new)}: the run has {show(old)} and {right}: {config.run_dir}")
+            raise Refused(f"--{field.name} {show(new)}: the run has {show(old)} and {right}: {config.run_dir}")
     check(config)
     check_goes_on(config)
     return config, True
@@ -274,47 +255,52 @@ def check_goes_on(config):
 
     Raises:
         Over: the run is finished or has diverged.
-        ConfigError: its checkpoint is gone. The first comes before the first decision.
+        Refused: its checkpoint is gone. The first comes before the first decision.
     """
     folder, word = pathlib.Path(config.run_dir), load_status(config.run_dir)
     finished = word.get("state") == "finished"
     if word.get("state") == "diverged":
-        raise Over(word.get("message", f"{folder}: stopped: diverged"), DIVERGED)
+        raise Over(f"{folder}: stopped: {word.get('reason', 'diverged')}", endings.DIVERGED)
     if finished and config.num_train_steps <= word["num_train_steps"]:
         raise Over(f"{folder}: finished, {word['step']} steps", 0)
     if any((folder / CHECKPOINT).glob("*.json")):
         return
     if finished:
-        raise ConfigError(
+        raise Refused(
             f"--num_train_steps {config.num_train_steps}: the run in {folder} is finished and has not kept what it "
             "needs to go on; --keep_checkpoint keeps it"
         )
     log = folder / "train.log"
     if log.exists() and log.stat().st_size:
-        raise ConfigError(f"--run_dir {folder}: it has no checkpoint left; the run must be started anew elsewhere")
+        raise Refused(f"--run_dir {folder}: it has no checkpoint left; the run must be started anew elsewhere")
 
 
 def _holds_something(run_dir):
     """Whether there is anything in a folder but what a run leaves that is killed before its args.json is written."""
     try:
-        return not {path.name for path in pathlib.Path(run_dir).iterdir()} <= {"lock", "args.json.tmp", OUTPUT}
+        return not {path.name for path in pathlib.Path(run_dir).iterdir()} <= {
+            "lock",
+            "args.json.tmp",
+            OUTPUT,
+            EXIT_CODE,
+        }
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise ConfigError(f"--run_dir {run_dir}: {error.strerror}") from None
+        raise Refused(f"--run_dir {run_dir}: {error.strerror}") from None
 
 
 def check_writable(flag, folder):
-    """Raise `ConfigError` if `folder`, the value of `flag`, is none and cannot be made; creates nothing."""
+    """Raise `Refused` if `folder`, the value of `flag`, is none and cannot be made; creates nothing."""
     path = pathlib.Path(folder).absolute()
     existing = next(p for p in [path, *path.parents] if os.path.lexists(p))
     if not existing.is_dir():
-        raise ConfigError(f"--{flag} {folder}: {existing} is not a folder")
+        raise Refused(f"--{flag} {folder}: {existing} is not a folder")
     longest = os.pathconf(existing, "PC_NAME_MAX")
     if any(len(os.fsencode(part)) > longest for part in path.parts):
-        raise ConfigError(f"--{flag} {folder[:60]}...: no name in it may be longer than {longest} bytes")
+        raise Refused(f"--{flag} {folder[:60]}...: no name in it may be longer than {longest} bytes")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"--{flag} {folder}: {existing} is not writable")
+        raise Refused(f"--{flag} {folder}: {existing} is not writable")
 
 
 class RunFolder:
@@ -322,31 +308,31 @@ class RunFolder:
 
     Args:
         config: see config.py; --run_dir names the folder, or a new one is made below --work_dir.
-        continues: whether it holds a run already.
+        resumes: whether it holds a run already.
 
     Raises:
-        ConfigError: it cannot be made, or another process writes it.
+        Refused: it cannot be made, or another process writes it.
         Over: see `check_goes_on`.
     """
 
-    def __init__(self, config, continues):
+    def __init__(self, config, resumes):
         flag, value = ("work_dir", config.work_dir) if config.run_dir is None else ("run_dir", config.run_dir)
         check_writable(flag, value)
-        self._config, self._continues = config, continues
+        self._config, self._resumes = config, resumes
         self._word, self._time = {"state": "running", "step": 0}, 0.0
         try:
             self.path = self._new(config) if config.run_dir is None else pathlib.Path(config.run_dir)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
         except OSError as error:  # what check_writable cannot see, such as a file system that takes no folders
-            raise ConfigError(f"--{flag} {value}: {error}") from None
-        if continues != (self.path / "args.json").exists():
+            raise Refused(f"--{flag} {value}: {error}") from None
+        if resumes != (self.path / "args.json").exists():
             self.release()
-            raise ConfigError(f"--run_dir {value}: another process has just begun a run there")
-        if continues:  # what another process has done since the flags were read
+            raise Refused(f"--run_dir {value}: another process has just begun a run there")
+        if resumes:  # what another process has done since the flags were read
             check_goes_on(config)
             if load_args(self.path)["num_train_steps"] > config.num_train_steps:
-                raise ConfigError(f"--run_dir {value}: another process has just made this run longer")
+                raise Refused(f"--run_dir {value}: another process has just made this run longer")
 
     def __str__(self):
         return str(self.path)
@@ -373,16 +359,14 @@ class RunFolder:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in NO_LOCKS:
-                busy = _seems_alive(self.path)
-            elif error.errno in (errno.EACCES, errno.EAGAIN):
-                busy = True
-            else:
+                print(f"warning: {self.path}: no file locks here, so start no second process on this run", flush=True)
+            elif error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            if busy:
+            else:
                 lock.close()
                 word = load_status(self.path)
                 who = f" (pid {word['pid']} on {word['host']})" if "pid" in word else ""
-                raise ConfigError(f"--run_dir {self.path}: another process{who} is writing this run") from None
+                raise Refused(f"--run_dir {self.path}: another process{who} is writing this run") from None
         return lock
 
     def begin(self, step, made_with):
@@ -390,7 +374,7 @@ class RunFolder:
         self._word["step"] = step
         now = {"time": time.time(), "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]], **made_with}
         args = dataclasses.asdict(self._config)
-        if self._continues:
+        if self._resumes:
             before = load_args(self.path)
             args = {**before, **args, "continued": [*before.get("continued", []), {"step": step, **now}]}
         else:
@@ -409,16 +393,16 @@ class RunFolder:
             shutil.rmtree(self.path)
         else:
             with contextlib.suppress(OSError):
-                self.report(state="stopped", message=f"{self}: stopped before it began: {error}")
+                self.report(state="stopped", reason=f"before it began: {error}")
 
     def tick(self, step):
         """Put the step into run.json, now and then; a disk that is full does not matter here."""
-        if time.monotonic() - self._time >= WORDS:
+        if time.monotonic() - self._time >= HEARTBEAT_SECONDS:
             with contextlib.suppress(OSError):
                 self.report(step=step)
 
     def report(self, **word):
-        """Put `state`, `step`, `message` or what else is new into run.json.
+        """Put `state`, `step`, `reason` or what else is new into run.json.
 
         Raises:
             OSError: it cannot be written.
@@ -440,7 +424,7 @@ def git_commit():
 
     def git(*args):
         here = pathlib.Path(__file__).resolve().parent.parent
-        with kept_from_children():
+        with signals_kept_from_children():
             done = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 

@@ -35,11 +35,11 @@ def make_replay(capacity, frame_shape, action_dim, frame_stack=3, episode_steps=
 
 def run_loop(config, env, eval_env, replay, agent, logger):
     """The training loop of train.py around these parts, without a folder."""
-    env.check = eval_env.check = replay.check_memory = lambda: None
+    replay.check_memory = lambda: None
     folder = types.SimpleNamespace(tick=lambda step: None)
     checkpoints = types.SimpleNamespace(save_if_due=lambda evaluated=False: None)
     replay.begin_episode(env.reset())
-    train.train(config, folder, env, [eval_env], replay, agent, logger, train.Progress(), checkpoints)
+    train.Run(config, folder, env, [eval_env], replay, agent, logger, train.Progress(), checkpoints).train()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from conftest import make_replay
 from test_replay_buffer import FRAME, Plain, assert_same_content, stream
 from test_train import on_a_full_disk
 
-from config import ConfigError
+from endings import Refused
 from storage.checkpoint import Checkpoints
 
 
@@ -149,7 +149,7 @@ def test_nothing_can_be_used(saved, tmp_path, damage):
     data = path.read_bytes()[:1000]
     path.write_bytes(damage(data)) if damage else path.unlink()
     before = sorted(path.name for path in folder.rglob("*"))
-    with pytest.raises(ConfigError, match="replay: damaged .* no checkpoint is whole, .* started anew elsewhere"):
+    with pytest.raises(Refused, match="replay: damaged .* no checkpoint is whole, .* started anew elsewhere"):
         open_run(folder)[0].load()
     assert sorted(path.name for path in folder.rglob("*")) == before
 

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from config import TASK_TABLE, Config, ConfigError, parse
+from config import TASK_TABLE, Config, parse
+from endings import Refused
 
 PUBLISHED_FLAGS = """domain_name task_name action_repeat num_train_steps work_dir cody_lr omega_cody_loss
     pre_transform_image_size image_size frame_stack replay_buffer_capacity agent init_steps batch_size hidden_dim
@@ -120,7 +121,7 @@ def test_tasks_outside_the_table_and_other_repeats():
     ],
 )
 def test_bad_values(flags, line):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(Refused) as error:
         parse(flags.split())
     assert str(error.value).startswith(line) and "\n" not in str(error.value) and len(str(error.value)) <= 200
 
@@ -159,7 +160,7 @@ def test_smallest_images_that_pass_give_one_output_pixel():
             size = 2**strided * 2 * (layers - strided + 1) - 1
             flags = f"--num_layers {layers} --num_strided_layers {strided} --image_size"
             parse(f"{flags} {size}".split())
-            with pytest.raises(ConfigError):
+            with pytest.raises(Refused):
                 parse(f"{flags} {size - 1}".split())
             assert ConvNet((9, size, size), layers, 2, strided).feature_dim == 2
 
@@ -186,7 +187,7 @@ def test_refusals_without_unicode():
         ("--update_mode fast", "invalid choice 'fast' for argument '--update_mode'. Expected one of "),
         ("--bach 3", "unrecognized flag --bach; the nearest is --batch_size\n"),
     ):
-        code = f"import config, sys\ntry: config.parse({flags.split()})\nexcept config.ConfigError as e: print(e)"
+        code = f"import config, sys\ntry: config.parse({flags.split()})\nexcept config.Refused as e: print(e)"
         environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
         result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert result.stdout.startswith(line), result.stdout

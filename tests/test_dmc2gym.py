@@ -13,6 +13,7 @@ from gymnasium.utils.env_checker import check_env
 
 import dmc2gym
 import rendering
+from endings import Refused
 
 rendering.select_gl_backend()  # before dm_control is imported
 
@@ -113,9 +114,9 @@ def test_other_arguments():
     env = dmc2gym.make("cartpole", "swingup", episode_length=10, frame_skip=4, environment_kwargs={"n_sub_steps": 1})
     env.reset()
     assert [env.step(np.zeros(1))[3] for _ in range(3)] == [False, False, True]
-    with pytest.raises(dmc2gym.EnvError, match="visualize_reward"):
+    with pytest.raises(Refused, match="visualize_reward"):
         dmc2gym.make("cartpole", "swingup", from_pixels=True, visualize_reward=True)
-    with pytest.raises(dmc2gym.EnvError, match="5000: the task renders at most 480x640 pixels"):
+    with pytest.raises(Refused, match="5000: the task renders at most 480x640 pixels"):
         dmc2gym.make("cartpole", "swingup", from_pixels=True, height=5000)
 
 
@@ -139,18 +140,18 @@ def test_reset_with_a_seed_restarts_the_task():
     [("cartpol", "swingup", "cartpole swingup"), ("walker", "runn", "walker run"), ("zzz", "q", "acrobot swingup")],
 )
 def test_unknown_task_lists_the_nearest(domain, task, nearest):
-    with pytest.raises(dmc2gym.EnvError, match=f"no such task; the nearest are {nearest}"):
+    with pytest.raises(Refused, match=f"no such task; the nearest are {nearest}"):
         dmc2gym.make(domain, task)
 
 
 def backend_in_a_new_process(**environment):
     code = (
-        "import dmc2gym, rendering\n"
+        "import dmc2gym, rendering, endings\n"
         "try:\n"
         "    backend = rendering.select_gl_backend()\n"
         "    assert dmc2gym.make('cartpole', 'swingup', from_pixels=True).reset()[0].any()\n"
         "    print(backend)\n"
-        "except dmc2gym.EnvError as error: print('error:', error)"
+        "except endings.Refused as error: print('error:', error)"
     )
     env = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
     run = subprocess.run([sys.executable, "-c", code], env={**env, **environment}, capture_output=True, text=True)
@@ -174,7 +175,7 @@ def test_no_usable_backend_names_the_packages(monkeypatch):
     monkeypatch.delitem(sys.modules, "dm_control")
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
-    with pytest.raises(dmc2gym.EnvError) as error:
+    with pytest.raises(Refused) as error:
         rendering.select_gl_backend()
     assert str(error.value) == (
         "MUJOCO_GL is not set, tried egl, osmesa: cannot render; install the Debian packages "

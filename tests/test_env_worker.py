@@ -15,7 +15,8 @@ import torch
 from conftest import make_replay, run_loop
 
 from config import parse
-from dmc2gym import CAMERAS, EnvError, make
+from dmc2gym import CAMERAS, make
+from endings import Ending, Refused
 from env_worker import PHYSICS_ERRORS, SerialEnv, WorkerEnv
 from episodes import evaluate
 from logger import Logger
@@ -75,7 +76,7 @@ def test_diverged_physics_ends_the_episode(tmp_path, capsys):
 def test_diverged_physics_stops_at_ten_episodes_in_a_row():
     config = parse(STATE.split())
     env, said = Exploding(config, 0, every=1), []
-    with pytest.raises(EnvError, match=f"diverged in {PHYSICS_ERRORS} episodes in a row: Physics state is invalid"):
+    with pytest.raises(Ending, match=f"diverged in {PHYSICS_ERRORS} episodes in a row: Physics state is invalid"):
         evaluate([env], Agent(env.action_space), 20, 0, False, said.append)
     assert len(said) == PHYSICS_ERRORS - 1
     env = Exploding(config, 0, every=2)
@@ -99,7 +100,7 @@ def test_diverged_physics_in_a_worker():
         env.start(np.array([np.nan], np.float32))
         if episode < PHYSICS_ERRORS - 1:
             assert env.finish() == (None, 0.0, False, True)
-    with pytest.raises(EnvError, match="episodes in a row: Physics state is invalid"):
+    with pytest.raises(Ending, match="episodes in a row: Physics state is invalid"):
         env.finish()
     env.close()
 
@@ -114,7 +115,7 @@ def test_usual_camera():
     assert np.array_equal(frames[None], frames[2]) and not np.array_equal(frames[None], frames[0])
     cartpole = make("cartpole", "swingup", from_pixels=True), make("cartpole", "swingup", from_pixels=True, camera_id=0)
     assert np.array_equal(*(env.reset(seed=0)[0] for env in cartpole)) and list(CAMERAS) == ["quadruped"]
-    with pytest.raises(EnvError, match="--camera_id 2: must be from -1 to 1 on cartpole swingup"):
+    with pytest.raises(Refused, match="--camera_id 2: must be from -1 to 1 on cartpole swingup"):
         make("cartpole", "swingup", camera_id=2)
 
 

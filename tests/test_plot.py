@@ -18,7 +18,8 @@ import pytest
 from scipy.stats import ttest_ind
 
 import plot
-from config import Config, ConfigError, complete, parse
+from config import Config, complete, parse
+from endings import Refused
 from experiments import scores
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -443,7 +444,7 @@ def test_hue(tmp_path):
     ]
     figure = plot.draw_curves(frame, names, "mean")
     assert figure.legends[0].get_title().get_text() == "batch_size, omega_cody_loss"
-    with pytest.raises(ConfigError, match="--hue batch_size: does not tell seed 1 of 64 on cartpole-swingup apart: "):
+    with pytest.raises(Refused, match="--hue batch_size: does not tell seed 1 of 64 on cartpole-swingup apart: "):
         frame_of(tmp_path, hue="batch_size")
 
 

@@ -1,4 +1,4 @@
-"""signals.py as processes of their own, which are quick to start without torch."""
+"""Signals in processes of their own, which are quick to start without torch."""
 
 import pathlib
 import signal
@@ -11,19 +11,19 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def run(body, **kwargs):
-    script = "import os, signal, subprocess, sys, signals\nme = os.getpid()\n" + body
+    script = "import os, signal, subprocess, sys, endings\nme = os.getpid()\n" + body
     return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, **kwargs)
 
 
 @pytest.mark.parametrize("name, code", [("TERM", 75), ("USR1", 75), ("HUP", 75), ("INT", 130)])
 def test_a_signal_is_heard_and_answered_later(name, code):
     body = f"""
-signals.check()
-signals.listen()
+endings.check_signals()
+endings.listen()
 os.kill(me, signal.SIG{name})
 try:
-    signals.check()
-except signals.Stopped as stop:
+    endings.check_signals()
+except endings.Stopped as stop:
     print(stop)
     sys.exit(stop.code)
 """
@@ -32,7 +32,7 @@ except signals.Stopped as stop:
 
 
 def test_the_second_ctrl_c_ends_at_once():
-    body = "signals.listen()\nos.kill(me, signal.SIGINT)\nprint(1, flush=True)\nos.kill(me, signal.SIGINT)\nprint(2)"
+    body = "endings.listen()\nos.kill(me, signal.SIGINT)\nprint(1, flush=True)\nos.kill(me, signal.SIGINT)\nprint(2)"
     done = run(body, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert (done.returncode, done.stdout) == (130, "1\n")
 
@@ -41,7 +41,7 @@ def test_the_second_ctrl_c_ends_at_once():
 def test_what_was_ignored_stays_ignored(name):
     """As nohup and a shell's & start a process."""
     number = getattr(signal, f"SIG{name}")
-    body = f"signals.listen()\nos.kill(me, signal.SIG{name})\nsignals.check()\nprint('goes on')"
+    body = f"endings.listen()\nos.kill(me, signal.SIG{name})\nendings.check_signals()\nprint('goes on')"
     done = run(body, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
     assert (done.returncode, done.stdout) == (0, "goes on\n")
 
@@ -49,16 +49,16 @@ def test_what_was_ignored_stays_ignored(name):
 def test_children_do_not_hear():
     """Not even what was sent while they were started; the parent does, afterwards."""
     body = """
-signals.listen()
-with signals.kept_from_children():
+endings.listen()
+with endings.signals_kept_from_children():
     child = subprocess.Popen(["sleep", "0.3"])
     os.kill(me, signal.SIGTERM)
-for number in signals.NOT_FOR_CHILDREN:
+for number in endings.NOT_FOR_CHILDREN:
     child.send_signal(number)
 print(child.wait())
 try:
-    signals.check()
-except signals.Stopped as stop:
+    endings.check_signals()
+except endings.Stopped as stop:
     print(stop)
 """
     assert run(body).stdout == "0\nSIGTERM\n"

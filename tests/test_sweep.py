@@ -31,18 +31,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 STAND_IN = """
 import contextlib, json, os, sys, time
 sys.path.insert(0, ROOT)
-import signals
-from config import ConfigError, exit_with, leave
-from storage.run_folder import Over, RunFolder, parse_run
+import endings
+from endings import EXPECTED, Refused, end
+from storage.run_folder import RunFolder, parse_run
 
-signals.listen()
+endings.listen()
 try:
-    config, continues = parse_run()
-    folder = RunFolder(config, continues)
-except Over as over:
-    leave(str(over), over.code)
-except ConfigError as error:
-    exit_with(error)
+    config, resumes = parse_run()
+    folder = RunFolder(config, resumes)
+except EXPECTED as error:
+    end(error)
 seed, begun = config.seed, time.time()
 folder.begin(0, {})
 with open(folder.path / "times", "a") as file:
@@ -52,7 +50,7 @@ print(f"seed {seed} begins", flush=True)
 with open(folder.path / "eval.log", "w") as log:
     print(json.dumps({"step": 0, "env_step": 0, "episode_reward": 100.0 + seed}), file=log)
 if seed == 1:
-    folder.report(state="diverged", step=7, message=f"{folder}: stopped: kl is nan")
+    folder.report(state="diverged", step=7, reason="kl is nan")
     sys.exit(3)
 if seed == 2:
     sys.exit("Traceback: a bug")
@@ -60,12 +58,12 @@ if seed == 3 and not (folder.path / "again").exists():
     (folder.path / "again").touch()
     os.kill(os.getpid(), 9)
 if seed == 4:
-    exit_with(ConfigError("--device cuda: there is none"))
+    end(Refused("--device cuda: there is none"))
 while time.time() < begun + {5: 60, 6: 1, 7: 5}.get(seed, 0):  # 5: until it is told to stop
     try:
-        signals.check()
-    except signals.Stopped as stop:
-        folder.report(state="stopped", step=5, message=f"{folder}: stopped: {stop}")
+        endings.check_signals()
+    except endings.Stopped as stop:
+        folder.report(state="stopped", step=5, reason=str(stop))
         sys.exit(stop.code)
     time.sleep(0.02)
 folder.report(state="finished", step=config.num_train_steps)
@@ -91,7 +89,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def start(here):
     """Factory: sweep.py on the stand-in as a process of its own, like a user's; nothing of it outlives the test."""
-    script = "import pathlib, signals, sweep; from experiments import grid; signals.listen()\n"
+    script = "import pathlib, endings, sweep; from experiments import grid; endings.listen()\n"
     script += "grid.HERE = pathlib.Path('code'); sweep.main()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     begun = []
@@ -262,7 +260,7 @@ def test_one_wrong_value_is_one_line_and_creates_nothing(here, call, words, line
 )
 def test_wrong_variants(here, variant, line):
     args, flags = sweep.parse_command(["--name", "a", "--variant", variant, "--", "--seed", "1,2"])
-    with pytest.raises(sweep.ConfigError) as error:
+    with pytest.raises(sweep.Refused) as error:
         sweep.plan(args, flags, here)
     assert str(error.value).startswith(line)
 
@@ -411,11 +409,11 @@ def test_on_a_terminal_the_table_is_drawn_live(here, start):
     "script, state, word",
     [
         ("raise ImportError('libcudart is missing')", "died", "ImportError: libcudart is missing"),
-        ("import sys; sys.exit('train.py: stopped by SIGTERM before it began')", "missing", "waiting"),
+        ("import sys; sys.exit(75)", "missing", "waiting"),
     ],
 )
 def test_a_run_that_ends_before_it_begins(here, call, script, state, word):
-    """It has no args.json; what it has printed tells that it will not begin by itself."""
+    """It has no args.json; its exit code tells whether it can begin when it is started again."""
     (here.parent.parent / "code" / "train.py").write_text(script)
     assert call("sweep.py", "--name a -- --seed 0").returncode == 1
     result = call("sweep.py", f"--status {here}")

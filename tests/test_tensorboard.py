@@ -20,7 +20,8 @@ from test_train import STATE
 
 import dashboard
 import logger as logger_module
-from config import Config, ConfigError, parse
+from config import Config, parse
+from endings import Refused
 from logger import Logger
 from storage.run_folder import RunFolder, load_status, run_id
 
@@ -30,7 +31,7 @@ LOSSES = {"critic_loss": 3.0, "actor_loss": -9.0, "cody_loss": 2.0, "info_nce": 
 
 def begin(folder, flags=""):
     config = parse(f"--save_tb --run_dir {folder} {flags}".split())
-    RunFolder(config, continues=False).begin(0, {})
+    RunFolder(config, resumes=False).begin(0, {})
     return Logger(folder, config)
 
 
@@ -210,13 +211,10 @@ def test_wandb_that_refuses(tmp_path, monkeypatch, call, named):
     monkeypatch.setattr(logger_module, "_open_wandb", refuse)
     place = f"--run_dir {tmp_path}/a" if named else f"--work_dir {tmp_path}"
     result = call("train.py", f"{STATE} --save_tb --wandb p {place}")
-    assert (result.returncode, result.stderr) == (1, "train.py: stopped before it began: --wandb p: no API key\n")
+    assert (result.returncode, result.stderr) == (1, "train.py: --wandb p: no API key\n")
     if named:
         status = load_status(tmp_path / "a")
-        assert (status["state"], status["message"].split(": ", 1)[1]) == (
-            "stopped",
-            "stopped before it began: --wandb p: no API key",
-        )
+        assert (status["state"], status["reason"]) == ("stopped", "before it began: --wandb p: no API key")
     else:
         assert list((tmp_path / "cartpole-swingup").iterdir()) == []
 
@@ -231,12 +229,12 @@ def test_wandb_that_is_not_there(tmp_path, monkeypatch, call):
 
 
 def test_wandb_flags():
-    with pytest.raises(ConfigError, match="^--wandb p: has no effect without --save_tb$"):
+    with pytest.raises(Refused, match="^--wandb p: has no effect without --save_tb$"):
         parse(["--wandb", "p"])
-    with pytest.raises(ConfigError, match="^--tb_media False: has no effect without --save_tb$"):
+    with pytest.raises(Refused, match="^--tb_media False: has no effect without --save_tb$"):
         parse(["--no_tb_media"])
     for project in ("", "a/b", "x" * 129):
-        with pytest.raises(ConfigError, match="^--wandb .*: must be 1 to 128 characters, none of them / "):
+        with pytest.raises(Refused, match="^--wandb .*: must be 1 to 128 characters, none of them / "):
             parse(["--save_tb", "--wandb", project])
     assert Config().wandb is None
 

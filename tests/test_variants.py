@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
-from config import ConfigError, parse
+from config import parse
+from endings import Refused
 
 B, D, H, A = 16, 8, 32, 2  # batch, latent, hidden, |A|
 
@@ -449,7 +450,7 @@ def test_diagnostics(small_agent, random_batch):
     ],
 )
 def test_combinations_without_sense(flags, line):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(Refused) as error:
         parse(flags.split())
     assert str(error.value) == line
 
