@@ -98,6 +98,9 @@ class _Auxiliary(nn.Module):
         super().__init__()
         self.config = config
         self.encoder_lr = config.encoder_lr + config.cody_lr
+        self.beta2 = config.cody_beta2
+        self.warmup_updates, self.max_grad_norm = config.cody_warmup_updates, config.cody_max_grad_norm
+        self.grad_ratio = config.cody_grad_ratio
 
     def parameter_groups(self):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": self.config.cody_lr}]

@@ -290,7 +290,7 @@ def check(config: Config) -> None:
     for refusals in (_ranges, _relations, _combinations):
         for ok, flag, right in refusals(config):
             if not ok:
-                raise Refused(f"--{flag} {show(getattr(config, flag))}: {right}")
+                raise Refused(f"--{flag} {shorten(getattr(config, flag))}: {right}")
 
 
 def _ranges(c: Config):
@@ -321,7 +321,7 @@ def _ranges(c: Config):
 
 def _relations(c: Config):
     """The same of each value beside another."""
-    std_max, layers = c.actor_log_std_max, show(c.num_layers)
+    std_max, layers = c.actor_log_std_max, shorten(c.num_layers)
     yield c.actor_log_std_min < std_max, "actor_log_std_min", f"must be below --actor_log_std_max {std_max}"
     strided = c.num_strided_layers
     yield (
@@ -331,13 +331,13 @@ def _relations(c: Config):
     )
     # 3x3 convolutions need at least one output pixel: one with stride 1 takes 2 pixels, one with stride 2 half of them
     smallest = 2**strided * 2 * (c.num_layers - strided + 1) - 1
-    right = f"must be at least {show(smallest)} pixels for --num_layers {layers}"
+    right = f"must be at least {shorten(smallest)} pixels for --num_layers {layers}"
     yield c.image_size >= smallest, "image_size", right
-    right = f"must be at least --image_size {show(c.image_size)}"
+    right = f"must be at least --image_size {shorten(c.image_size)}"
     yield c.pre_transform_image_size >= c.image_size, "pre_transform_image_size", right
     right = "is more than float32 holds, with --encoder_lr added"
     yield c.cody_lr + c.encoder_lr <= FLOAT32_MAX, "cody_lr", right
-    steps, capacity = show(c.num_train_steps), show(c.replay_buffer_capacity)
+    steps, capacity = shorten(c.num_train_steps), shorten(c.replay_buffer_capacity)
     right = f"must be below --num_train_steps {steps}, or nothing is trained"
     yield c.init_steps < c.num_train_steps, "init_steps", right
     right = (
@@ -345,8 +345,8 @@ def _relations(c: Config):
     )
     right += "if that is less"
     yield c.batch_size <= min(c.replay_buffer_capacity, c.num_train_steps), "batch_size", right
-    smallest, stack = c.frame_stack + 5, show(c.frame_stack)
-    right = f"must be at least {show(smallest)}, to hold a pair of transitions with --frame_stack {stack}"
+    smallest, stack = c.frame_stack + 5, shorten(c.frame_stack)
+    right = f"must be at least {shorten(smallest)}, to hold a pair of transitions with --frame_stack {stack}"
     yield c.replay_buffer_capacity >= smallest, "replay_buffer_capacity", right
 
 
@@ -374,7 +374,7 @@ def _combinations(c: Config):
     for flags, need, met in needs:
         for flag in flags:
             yield met or getattr(c, flag) == defaults[flag], flag, f"has no effect without {need}"
-    same_size, size = c.pre_transform_image_size == c.image_size, show(c.image_size)
+    same_size, size = c.pre_transform_image_size == c.image_size, shorten(c.image_size)
     right = "has no effect without --encoder_type pixel or protorl"
     yield pixels or same_size, "pre_transform_image_size", right
     right = "lies in the memory of this process; use --replay_device auto or cpu"
@@ -388,7 +388,7 @@ def _combinations(c: Config):
         yield c.image_size >= 7, "image_size", "must be at least 7 for the SSIM of --agent sac_ae"
 
 
-def show(value) -> str:
+def shorten(value) -> str:
     """The value for a message, cut where it would make the line too long."""
     text = str(value)
     return text if len(text) <= 24 else f"{text[:20]}..."
@@ -423,7 +423,7 @@ def _unrecognized(flags, args) -> str | None:
         if re.match(r"--?[a-zA-Z]", arg) and flag not in real:
             nearest = difflib.get_close_matches(flag[2:], [name[2:] for name in real], n=1, cutoff=0.5)
             right = f"the nearest is --{nearest[0]}" if nearest else "--help lists them"
-            return f"unrecognized flag {show(arg.split('=')[0])}; {right}"
+            return f"unrecognized flag {shorten(arg.split('=')[0])}; {right}"
     return None
 
 

@@ -56,6 +56,7 @@ class Reconstruction(nn.Module):
     """
 
     augmented = {}
+    beta2, warmup_updates, max_grad_norm, grad_ratio = 0.999, 0, None, None
 
     def __init__(self, config, obs_shape, latent_dim):
         super().__init__()

@@ -53,7 +53,7 @@ class Diverged(Ending):
     code, state = DIVERGED, "diverged"
 
 
-class Over(Ending):
+class RunEnded(Ending):
     """The run has ended, just now or in an earlier process; the line names its folder."""
 
 
@@ -72,7 +72,7 @@ def end(error):
         line = line if len(line) <= LINE else line[: LINE - 3] + "..."
     elif isinstance(error, Stopped):
         line = f"{command}: stopped by {line} before it began"
-    elif not isinstance(error, Over):
+    elif not isinstance(error, RunEnded):
         line = f"{command}: {line}"
     with contextlib.suppress(OSError):  # nobody may be listening
         print(line, file=sys.stderr, flush=True)

@@ -10,13 +10,13 @@ def eval_seed(config):
     return int(np.random.SeedSequence([config.seed, 1]).generate_state(1)[0])
 
 
-def evaluate(envs, agent, num_episodes, seed, film, message, check=lambda: None):
-    """Returns of `num_episodes` episodes with the mean action, a list of floats; pictures of the first if `film`.
+def evaluate(envs, agent, num_episodes, seed, record_video, message, check=lambda: None):
+    """Returns of `num_episodes` episodes with the mean action, a list of floats, and frames of the first.
 
     Episode i starts from `seed` + i, so that every evaluation of a run meets the same initial states, a saved model
     gives its logged returns again, and neither depends on the number of `envs`, which step beside each other.
-    The pictures are a list of (VIDEO_SIZE, VIDEO_SIZE, 3) uint8, empty without `film`. `message`: takes a line for the
-    user. `check`: called at each decision, may raise.
+    The frames are a list of (VIDEO_SIZE, VIDEO_SIZE, 3) uint8, empty without `record_video`. `message` takes a line for
+    the user; `check` is called at each decision and may raise.
     """
     returns = [0.0] * num_episodes
     frames = []
@@ -38,7 +38,7 @@ def evaluate(envs, agent, num_episodes, seed, film, message, check=lambda: None)
             returns[episode] += reward
             if obs is None:
                 message(f"warning: the physics diverged in evaluation episode {episode}, which ends there")
-            elif film and episode == 0:
+            elif record_video and episode == 0:
                 frames.append(env.draw(VIDEO_SIZE, VIDEO_SIZE))
             if terminated or truncated:
                 still += begin(env)

@@ -15,7 +15,7 @@ from typing import Literal
 import rendering
 from agent import make_agent
 from config import parse_flags
-from endings import EXPECTED, Ending, Over, Refused, end
+from endings import EXPECTED, Ending, Refused, RunEnded, end
 from env_worker import open_eval_envs
 from episodes import eval_seed, evaluate, summary
 from machine import choose_device, limit_threads
@@ -61,7 +61,7 @@ def run():
             envs, agent, args.num_eval_episodes, eval_seed(config), args.video is not None, message
         )
     except (FloatingPointError, Ending) as error:
-        raise Over(f"{args.run}: stopped: {error}", 1) from None
+        raise RunEnded(f"{args.run}: stopped: {error}", 1) from None
     row = {"step": step, "env_step": step * config.action_repeat, **summary(returns), "returns": returns}
     print(json.dumps(row), flush=True)  # before the video, for which the disk may be too full
     if frames:

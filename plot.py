@@ -25,8 +25,8 @@ from experiments.scores import (
     MADE_BY,
     begun,
     read_scores,
-    remarks,
     varied,
+    warnings_about,
     with_curves,
 )
 from experiments.tables import TABLE, last_common_step, markdown, table_cells
@@ -106,7 +106,7 @@ def run():
         check_replaceable(path, args.paths)
     if begun(frame).empty:
         raise Refused(f"{first}: no run has been evaluated yet")
-    lines = list(remarks(frame, names))
+    lines = list(warnings_about(frame, names))
     if kind == "curves":
         files = {
             **as_pictures(draw_curves(frame, names, args.statistic)),

@@ -21,11 +21,11 @@ import torch
 from endings import Refused, Stopped, check_signals
 from machine import available_memory
 from storage import journal
-from storage.frames import PackedFrames, RawFrames, flat, moved
+from storage.frames import PackedFrames, RawFrames, flat, to_device
 from storage.run_folder import CHECKPOINT, load_config
 
 PACKED_BYTES = 5_000  # of a packed frame: an estimate, cartpole has 1,600 and walker 11,000
-WATCHED = 100  # frames between two looks at the memory that is left
+MEMORY_CHECK_FRAMES = 100  # frames between two looks at the memory that is left
 RESERVE_BYTES = 200_000_000  # of memory that must stay free
 
 
@@ -119,7 +119,7 @@ class ReplayBuffer:
 
     def check_memory(self):
         """Raise `Stopped` while there is still room to save the run, if the frames grow out of the memory."""
-        if self._frames.name == "raw" or self._stream % WATCHED:
+        if self._frames.name == "raw" or self._stream % MEMORY_CHECK_FRAMES:
             return
         if (free := available_memory()) < RESERVE_BYTES:
             size = self.nbytes / 1e9
@@ -195,7 +195,7 @@ class ReplayBuffer:
         back = np.minimum(np.arange(k, -2, -1), self._ages[slots][:, None])  # (B, k + 2)
         window = (positions[:, None] - back) % self.slots
 
-        frames = moved(self._frames.read(window.ravel()), self.device)
+        frames = to_device(self._frames.read(window.ravel()), self.device)
         frames = frames.view(len(positions), -1, *self._frame_shape[1:])  # (B, (k + 2) * C, H, W)
         frames = frames.contiguous(memory_format=self._layout)  # turned here once, not in each of the three stacks
         channels = self._frame_shape[0]
@@ -204,7 +204,7 @@ class ReplayBuffer:
             return frames[:, first * channels : (first + k) * channels]
 
         def floats(values):
-            return moved(torch.as_tensor(values.reshape(len(positions), -1)), self.device)
+            return to_device(torch.as_tensor(values.reshape(len(positions), -1)), self.device)
 
         return Batch(
             obs_prev=stack(0),

@@ -4,7 +4,8 @@
 auxiliary is a module with
     loss(batch, z, encoder, target_encoder, detailed) -> (loss, metrics), z the latents of batch.obs with gradient
     parameter_groups() -> groups for Adam: its own parameters, and their rates
-    encoder_lr: rate of the encoder in its step
+    encoder_lr, beta2: rate of the encoder in its step; beta2 of its Adam
+    warmup_updates, max_grad_norm, grad_ratio: see --cody_warmup_updates, --cody_max_grad_norm and --cody_grad_ratio
     update_targets() -> EMA step of its own targets
     update_freq -> updates between its steps
     augmented -> {field of Batch: field it is an augmentation of}, beside `obs` and `next_obs`
@@ -126,7 +127,7 @@ class SAC(nn.Module):
             groups = self.auxiliary.parameter_groups()
             if not joint:
                 groups.append({"params": self._encoder_parameters, "lr": self.auxiliary.encoder_lr})
-            self.auxiliary_optimizer = adam(groups, beta2=config.cody_beta2)
+            self.auxiliary_optimizer = adam(groups, beta2=self.auxiliary.beta2)
             self._auxiliary_rates = [group["lr"] for group in groups]
         if config.compile:
             self._compile()
@@ -281,7 +282,7 @@ class SAC(nn.Module):
         return metrics
 
     def _balance(self, z_critic, z_auxiliary):
-        """Scale the auxiliary loss's gradient at the latent to --cody_grad_ratio times the norm of the critic's.
+        """Scale the auxiliary loss's gradient at the latent to `grad_ratio` times the norm of the critic's.
 
         Args:
             z_critic, z_auxiliary: latents with the gradient of either loss; norms are over the whole batch.
@@ -291,9 +292,9 @@ class SAC(nn.Module):
         """
         critic_norm, auxiliary_norm = z_critic.grad.norm(), z_auxiliary.grad.norm()
         metrics = {"latent_grad_ratio": auxiliary_norm / critic_norm}
-        if self.config.cody_grad_ratio is not None:
+        if self.auxiliary.grad_ratio is not None:
             auxiliary_norm = auxiliary_norm.clamp_min(torch.finfo().tiny)  # no 0 / 0
-            scale = (self.config.cody_grad_ratio * critic_norm / auxiliary_norm).clamp_max(MAX_GRAD_SCALE)
+            scale = (self.auxiliary.grad_ratio * critic_norm / auxiliary_norm).clamp_max(MAX_GRAD_SCALE)
             z_auxiliary.grad.mul_(scale)
             metrics["cody_grad_scale"] = scale
             metrics["cody_grad_scale_at_bound"] = (scale == MAX_GRAD_SCALE).float()
@@ -359,20 +360,20 @@ class SAC(nn.Module):
         }
 
     def _auxiliary_step(self, index, norm, *leaves):
-        """Step the auxiliary task's optimizer, with what --cody_max_grad_norm and --cody_warmup_updates make of it.
+        """Step the auxiliary task's optimizer, with its clip and its warm-up.
 
         The clip is of the norm over all gradients of the task's loss: `norm` of the optimizer's own parameters, and
         those of the `leaves`, which go on to an optimizer that is not the task's own. The warm-up multiplies the rates,
         and the gradients of the leaves.
         """
-        groups, c = self.auxiliary_optimizer.param_groups, self.config
-        if c.cody_max_grad_norm is not None:
+        groups, task, c = self.auxiliary_optimizer.param_groups, self.auxiliary, self.config
+        if task.max_grad_norm is not None:
             parameters = [p for group in groups for p in group["params"]]
             total = nn.utils.get_total_norm([norm, *(leaf.grad for leaf in leaves)])
-            nn.utils.clip_grads_with_norm_([*parameters, *leaves], c.cody_max_grad_norm, total)
-        if c.cody_warmup_updates:
+            nn.utils.clip_grads_with_norm_([*parameters, *leaves], task.max_grad_norm, total)
+        if task.warmup_updates:
             done = index - c.init_steps * c.updates_per_step  # updates before this one
-            share = min(1.0, (done + 1) / c.cody_warmup_updates)
+            share = min(1.0, (done + 1) / task.warmup_updates)
             for group, rate in zip(groups, self._auxiliary_rates, strict=True):
                 group["lr"] = share * rate
             for leaf in leaves:

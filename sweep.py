@@ -19,16 +19,16 @@ from typing import Annotated
 import tyro
 
 import endings
-from config import Config, parse_flags, show
+from config import Config, parse_flags, shorten
 from endings import EXPECTED, Refused, end
 from experiments.grid import HERE, command, is_over, load_runs, locked, merge, plan, store
 from experiments.processes import run_here
 from experiments.slurm import submit
-from experiments.status import counted, look, lost_console, make_console, report
+from experiments.status import lost_console, make_console, plural, run_status, status_table
 from storage.run_folder import find_runs, load_sweep
 
 SLURM = ("slurm", "slurm_script", "runs_per_job")
-HOW = {  # what is asked for, and which flags go with it
+MODES = {  # what the command does, and which flags go with it
     "name": ("work_dir", "variant", "variants", "only", "jobs", "dry_run", *SLURM),
     "resume": ("array", "element", "jobs", "dry_run", *SLURM),
     "status": (),
@@ -64,9 +64,9 @@ class Args:
     """Print how the runs in this folder stand."""
     resume: str | None = None
     """Go on with the sweep in this folder."""
-    array: int | None = None
+    array: tyro.conf.Suppress[int | None] = None
     """For the batch script: with --resume, only runs of this job array; the first that the sweep has submitted is 0."""
-    element: int | None = None
+    element: tyro.conf.Suppress[int | None] = None
     """For the batch script: of that array's runs, only those of this element."""
 
 
@@ -82,14 +82,14 @@ def parse_command(argv):
         if word.startswith("--") and name in (of_runs | {"task"}) - known:
             raise Refused(f"{word.partition('=')[0]}: a flag of train.py; those stand behind a --")
     args = parse_flags(Args, own)
-    if [getattr(args, how) for how in HOW].count(None) != 2:
+    if [getattr(args, mode) for mode in MODES].count(None) != 2:
         raise Refused("needs one of --name, --resume and --status")
-    (how,) = [how for how in HOW if getattr(args, how) is not None]
+    (mode,) = [mode for mode in MODES if getattr(args, mode) is not None]
     for field in dataclasses.fields(args):
-        if field.name not in (how, *HOW[how]) and getattr(args, field.name) != field.default:
-            raise Refused(f"--{field.name}: has no effect with --{how}")
+        if field.name not in (mode, *MODES[mode]) and getattr(args, field.name) != field.default:
+            raise Refused(f"--{field.name}: has no effect with --{mode}")
     if flags and args.name is None:
-        raise Refused(f"{show(flags[0])}: --status and --resume take the runs of sweep.json, no others")
+        raise Refused(f"{shorten(flags[0])}: --status and --resume take the runs of sweep.json, no others")
     if args.slurm is None and (args.runs_per_job != 1 or args.slurm_script != SCRIPT):
         raise Refused("--runs_per_job, --slurm_script: have no effect without --slurm")
     for flag in ("jobs", "runs_per_job"):
@@ -128,7 +128,7 @@ def run(args, flags):
         with lost_console():
             for run in todo:
                 print(shlex.join(command(folder, run)))
-            print(f"{counted(len(todo), 'run')} to do, {len(runs) - len(todo)} over", flush=True)
+            print(f"{plural(len(todo), 'run')} to do, {len(runs) - len(todo)} over", flush=True)
     else:
         if args.resume is None:
             with locked(folder):
@@ -141,14 +141,14 @@ def print_status(folder):
     runs = find_runs(folder)
     if not runs:
         raise Refused(f"--status {folder}: holds no runs")
-    standings, unreadable = {}, []
+    statuses, unreadable = {}, []
     for run in runs:
         try:
-            standings[str(run.relative_to(folder))] = look(run)
+            statuses[str(run.relative_to(folder))] = run_status(run)
         except Refused as error:
             unreadable.append(str(error))
     with lost_console():
-        make_console().print(report(standings), *unreadable, sep="\n")
+        make_console().print(status_table(statuses), *unreadable, sep="\n")
 
 
 def resumed(folder, args):

@@ -22,7 +22,7 @@ import torch
 
 import rendering
 from agent import make_agent
-from endings import EXPECTED, Ending, Over, Stopped, check_signals, end
+from endings import EXPECTED, Ending, RunEnded, Stopped, check_signals, end
 from env_worker import open_env, open_eval_envs
 from episodes import eval_seed, evaluate, summary
 from logger import Logger, prepare_console
@@ -163,7 +163,7 @@ class Run:
         """Train and finish, or record in run.json why not.
 
         Raises:
-            Over: the run has stopped or diverged; the line names its folder and the reason.
+            RunEnded: the run has stopped or diverged; the line names its folder and the reason.
         """
         try:
             try:
@@ -183,7 +183,7 @@ class Run:
             ending = error if isinstance(error, Ending) else Ending(error)
         with contextlib.suppress(OSError):
             self.folder.report(state=ending.state, step=self.progress.step, reason=str(ending))
-        raise Over(f"{self.folder}: stopped: {ending}", ending.code)
+        raise RunEnded(f"{self.folder}: stopped: {ending}", ending.code)
 
 
 def build(config, device):

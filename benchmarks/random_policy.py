@@ -1,7 +1,7 @@
 """Return of the uniformly random policy, which a learning curve has to leave behind.
 
-    python benchmarks/random_policy.py
-    python benchmarks/random_policy.py --tasks hopper-hop,cartpole-balance
+    python -m benchmarks.random_policy
+    python -m benchmarks.random_policy --tasks hopper-hop,cartpole-balance
 
 Prints rows of results/published_scores.csv, but for their last column: one action drawn for each decision at the task
 table's action repeat, mean and sample standard deviation over episodes. They are no seeds, so that the column of the
@@ -10,15 +10,12 @@ seeds is empty.
 
 import csv
 import dataclasses
-import pathlib
 import statistics
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
-from config import TASK_TABLE, Config, complete, parse_flags  # noqa: E402
-from dmc2gym import make  # noqa: E402
-from endings import EXPECTED, Refused, end  # noqa: E402
+from config import TASK_TABLE, Config, complete, parse_flags
+from dmc2gym import make
+from endings import EXPECTED, Refused, end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +52,7 @@ def main():
         args = parse_flags(Args)
         if args.num_episodes < 2:
             raise Refused(f"--num_episodes {args.num_episodes}: must be at least 2, for a standard deviation")
-        source = f"this project, {args.num_episodes} episodes: python benchmarks/random_policy.py"
+        source = f"this project, {args.num_episodes} episodes: python -m benchmarks.random_policy"
         rows = csv.writer(sys.stdout, lineterminator="\n")
         rows.writerow("method env_steps task mean std seeds source".split())
         for task in args.tasks.split(","):

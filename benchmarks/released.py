@@ -1,8 +1,8 @@
 """Time of one update of the released code beside ours, in one run, sampling and augmentation of random frames included.
 
     git clone https://github.com/BangYou01/DY2P && git -C DY2P checkout 0ce9f0f
-    python benchmarks/released.py DY2P
-    python benchmarks/released.py DY2P --batch_sizes 256 --updates 20 --rows="--update_mode sequential"
+    python -m benchmarks.released DY2P
+    python -m benchmarks.released DY2P --batch_sizes 256 --updates 20 --rows="--update_mode sequential"
 
 The released code is read from that checkout and is no part of this project. It runs as it is, but for what is missing
 today, which is replaced here: `gym` (only its names are used), kornia's RandomCrop (its own random corner for each
@@ -18,13 +18,13 @@ import sys
 import types
 
 import numpy as np
-import throughput
 import torch
 import tyro
-from throughput import REPLAY, full_replay, in_own_process, median_seconds, random_frames
 from torch import nn
 
 from agent import make_agent
+from benchmarks import throughput
+from benchmarks.throughput import REPLAY, full_replay, in_own_process, median_seconds, random_frames
 from config import parse_flags
 from endings import EXPECTED, Refused, end
 from machine import keep_freed_memory, limit_threads

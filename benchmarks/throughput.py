@@ -1,7 +1,7 @@
 """Speed and memory of the update and of whole decisions, each mode beside the faithful one.
 
-    python benchmarks/throughput.py                                           # CoDy at batch 128 and 256, all modes
-    python benchmarks/throughput.py --rows="--agent cody_sac, --agent sac" --batch_sizes 512 --flags="--frame_stack 4"
+    python -m benchmarks.throughput                                           # CoDy at batch 128 and 256, all modes
+    python -m benchmarks.throughput --rows="--agent cody_sac, --agent sac" --batch_sizes 512 --flags="--frame_stack 4"
 
 Every row is measured in a process of its own, so that no row inherits another's memory. Times are medians over pairs
 of updates (every second one steps actor and targets), sampling and augmentation included, on frames of one random
@@ -19,28 +19,23 @@ import concurrent.futures
 import dataclasses
 import itertools
 import multiprocessing
-import pathlib
 import resource
 import statistics
-import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import gymnasium
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-import gymnasium  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode, flop_registry  # noqa: E402
-
-from agent import make_agent  # noqa: E402
-from config import parse, parse_flags  # noqa: E402
-from endings import EXPECTED, Refused, end  # noqa: E402
-from env_worker import open_env  # noqa: E402
-from machine import bf16_time_ratio, choose_device, keep_freed_memory, limit_threads  # noqa: E402
-from replay_buffer import ReplayBuffer  # noqa: E402
-from storage.run_folder import git_commit  # noqa: E402
-from utils import seed_everything  # noqa: E402
+from agent import make_agent
+from config import parse, parse_flags
+from endings import EXPECTED, Refused, end
+from env_worker import open_env
+from machine import bf16_time_ratio, choose_device, keep_freed_memory, limit_threads
+from replay_buffer import ReplayBuffer
+from storage.run_folder import git_commit
+from utils import seed_everything
 
 REPLAY = 2000  # transitions to sample from
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -18,10 +18,10 @@ from experiments.scores import (
     aligned,
     begun,
     by_seed,
-    in_words,
     interval,
     published_scores,
-    troubles,
+    seeds_text,
+    unfinished_seeds,
 )
 from storage.run_folder import load_rows
 
@@ -51,7 +51,7 @@ THEME = {
 }
 
 
-def looks(curves):
+def curve_styles(curves):
     """{curve: (colour, line style, marker)}, told apart by colour-blind people and in grey print."""
     colours = sns.color_palette("colorblind", 10)
     return {
@@ -87,8 +87,8 @@ def legend_label(frame, curve, also=""):
     parts = {task: frame[(frame["curve"] == curve) & (frame["task"] == task)] for task in tasks}
     counts = [begun(part)["seed"].nunique() for part in parts.values()]
     n = f"n\u00a0=\u00a0{min(counts)}" + f"\u00a0to\u00a0{max(counts)}" * (max(counts) > min(counts))  # not wrapped
-    found = {task: troubles(part) for task, part in parts.items()}
-    words = [f"{in_words(runs)}" + f" on {task}" * (len(tasks) > 1) for task, runs in found.items() if runs]
+    found = {task: unfinished_seeds(part) for task, part in parts.items()}
+    words = [f"{seeds_text(runs)}" + f" on {task}" * (len(tasks) > 1) for task, runs in found.items() if runs]
     if len(words) > 2:
         states = pd.Series([what.split()[0] for runs in found.values() for _, what in runs]).value_counts(sort=False)
         words = [f"{count} run{'s' * (count > 1)} {state}" for state, count in states.items()]
@@ -97,13 +97,13 @@ def legend_label(frame, curve, also=""):
 
 def draw_curves(frame, names, statistic):
     """Figure: a panel a task, a thin line a seed, a thick one for the statistic of each curve, with its interval."""
-    tasks, styles = frame["task"].unique(), looks(frame["curve"].unique())
+    tasks, styles = frame["task"].unique(), curve_styles(frame["curve"].unique())
     ours = begun(frame[frame["state"] != "published"])
     end = (ours if len(ours) else frame)["env_step"].max()  # public curves go on for millions
     columns = min(3, len(tasks))
     figure, axes = panels(math.ceil(len(tasks) / columns), columns, 2.0, sharex=True, sharey=True)
     at_random = published_scores().query("method == 'random policy'").set_index("task")["mean"]
-    random_look = {"color": "0.45", "linestyle": (0, (3, 2)), "linewidth": 0.8}
+    random_style = {"color": "0.45", "linestyle": (0, (3, 2)), "linewidth": 0.8}
     for i, axis in enumerate(axes.flat):
         if i >= len(tasks):
             axis.set_visible(False)
@@ -114,7 +114,7 @@ def draw_curves(frame, names, statistic):
             axis.set_xlabel("environment steps")
             axis.tick_params(labelbottom=True)
         if tasks[i] in at_random:
-            axis.axhline(at_random[tasks[i]], zorder=1, **random_look)
+            axis.axhline(at_random[tasks[i]], zorder=1, **random_style)
         for k, (curve, (colour, line, marker)) in enumerate(styles.items()):
             scores = by_seed(frame[(frame["curve"] == curve) & (frame["task"] == tasks[i])]).loc[:end]
             for seed in scores:
@@ -123,8 +123,8 @@ def draw_curves(frame, names, statistic):
             if len(common):
                 of_seeds = STATISTICS[statistic]([common.to_numpy()])
                 every = (k % 3, max(1, len(common) // 8))
-                look = {"color": colour, "linestyle": line, "linewidth": 1.2, "marker": marker, "markersize": 2.5}
-                axis.plot(common.index, of_seeds, markevery=every, **look)
+                style = {"color": colour, "linestyle": line, "linewidth": 1.2, "marker": marker, "markersize": 2.5}
+                axis.plot(common.index, of_seeds, markevery=every, **style)
                 low, high = np.transpose([interval([row], statistic) for row in common.to_numpy()])
                 axis.fill_between(common.index, low, high, color=colour, alpha=0.18, linewidth=0)
     axes[0, 0].set(xlim=(0, max(1, end) * 1.02), ylim=(-20, 1020), yticks=range(0, 1001, 250))
@@ -137,7 +137,7 @@ def draw_curves(frame, names, statistic):
     thick = {"color": "0.3", "linewidth": 1.2}
     handles.append(Line2D([], [], label=f"{of} of the seeds, 95 % bootstrap interval", **thick))
     if set(tasks) & set(at_random.index):
-        handles.append(Line2D([], [], label="uniformly random policy", **random_look))
+        handles.append(Line2D([], [], label="uniformly random policy", **random_style))
     draw_legend(figure, handles, None if names in (["variant"], ["agent"]) else ", ".join(names))
     return figure
 
@@ -167,7 +167,7 @@ def draw_diagnostics(frame):
         raise Refused("--diagnostics: no train.log here has any of them; runs of --agent cody_sac log them")
     silent = [(run.curve, run.seed) for run in runs.itertuples() if not logs[run.run][names].notna().any(axis=None)]
     tasks, seeds = runs["task"].unique(), sorted(runs["seed"].unique())
-    styles = looks(runs["curve"].unique())
+    styles = curve_styles(runs["curve"].unique())
     dashes = {seed: STYLES[i % len(STYLES)] for i, seed in enumerate(seeds)}
     figure, axes = panels(2 * len(tasks), len(names), 1.4)
     for (top, bottom), task in zip(axes.reshape(-1, 2, len(names)), tasks, strict=True):
@@ -187,7 +187,7 @@ def draw_diagnostics(frame):
                         axis.annotate(run.seed, end, (2, 0), textcoords="offset points", fontsize=6, color=colour)
     handles = []
     for curve, (colour, _, _) in styles.items():
-        words = in_words([(seed, "without them") for of, seed in silent if of == curve])
+        words = seeds_text([(seed, "without them") for of, seed in silent if of == curve])
         handles.append(Line2D([], [], color=colour, label=legend_label(ours, curve, words)))
     handles += [Line2D([], [], color="0.3", linestyle=line, label=f"seed {seed}") for seed, line in dashes.items()]
     draw_legend(figure, handles)

@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import dashboard
 import dmc2gym
-from config import UNCHANGING, Config, parse, show
-from endings import Over, Refused
+from config import UNCHANGING, Config, parse, shorten
+from endings import Refused, RunEnded
 from machine import check_machine, choose_device
 from storage.run_folder import check_writable, load_sweep, parse_run, write_json
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
-UNNAMED = {"domain_name", "task_name", "seed"}  # have folders of their own
+OWN_FOLDERS = {"domain_name", "task_name", "seed"}  # have folders of their own
 MACHINE = ("device", "replay_device", "compile", "wandb")  # flags that this machine may have nothing for
-NEEDS = ("camera_id", "pre_transform_image_size", "save_video", *MACHINE)  # what is asked of task and machine
+TASK_CHECKS = ("camera_id", "pre_transform_image_size", "save_video", *MACHINE)  # what is asked of task and machine
 
 
 class Run(NamedTuple):
@@ -37,7 +37,7 @@ def parse_grid(flags):
     while tokens:
         flag, equals, value = tokens.pop(0).partition("=")
         if not re.fullmatch(r"--[a-zA-Z].*", flag):
-            raise Refused(f"{show(flag)}: what stands behind the -- must be flags of train.py and their values")
+            raise Refused(f"{shorten(flag)}: what stands behind the -- must be flags of train.py and their values")
         if not equals:
             value = tokens.pop(0) if tokens and not tokens[0].startswith("--") else None
         name = flag[2:].replace("-", "_")
@@ -47,9 +47,9 @@ def parse_grid(flags):
             raise Refused(f"--{name}: a sweep names the folders of its runs; --work_dir before the -- is its own")
         values = [None] if value is None else value.split(",")
         if "" in values:
-            raise Refused(f"--{name} {show(value)}: an empty value")
+            raise Refused(f"--{name} {shorten(value)}: an empty value")
         if name in switches and value is not None and not set(values) <= {"true", "false"}:
-            raise Refused(f"--{name} {show(value)}: takes no value, or true and false for a grid")
+            raise Refused(f"--{name} {shorten(value)}: takes no value, or true and false for a grid")
         grid[name] = values
     return grid
 
@@ -69,7 +69,7 @@ def parse_variants(args):
         name, colon, flags = line.partition(":")
         name = name.strip()
         if not colon or not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
-            raise Refused(f"--variant {show(line.strip())}: must be 'name: flags', a name of letters, digits, _.+-")
+            raise Refused(f"--variant {shorten(line.strip())}: must be 'name: flags', a name of letters, digits, _.+-")
         if name in variants:
             raise Refused(f"--variant {name}: two of that name")
         try:
@@ -81,7 +81,7 @@ def parse_variants(args):
     if args.only is not None:
         for name in args.only.split(","):
             if name not in variants:
-                raise Refused(f"--only {show(name)}: no such variant; there are {', '.join(variants) or 'none'}")
+                raise Refused(f"--only {shorten(name)}: no such variant; there are {', '.join(variants) or 'none'}")
         variants = {name: variants[name] for name in args.only.split(",")}
     return variants or {None: {}}
 
@@ -89,7 +89,7 @@ def parse_variants(args):
 def combinations(variants, grid):
     """Every (variant, values that differ, flags) of variants and grid, all of one seed before the next."""
     axes = sorted(grid, key=lambda name: name == "seed", reverse=True)  # the first varies slowest
-    several = [name for name in grid if len(grid[name]) > 1 and name not in UNNAMED | {"task"}]
+    several = [name for name in grid if len(grid[name]) > 1 and name not in OWN_FOLDERS | {"task"}]
     for values in itertools.product(*(grid[name] for name in axes)):
         point = dict(zip(axes, values, strict=True))
         for variant, own in variants.items():
@@ -141,7 +141,7 @@ def plan(args, flags, folder):
         if (twin := runs.setdefault(_result(config), run)) is not run:
             raise Refused(f"{twin.folder} and {run.folder}: the same run twice")
         check_writable("name", str(folder / run.folder))
-        needs = {name: getattr(config, name) for name in NEEDS}
+        needs = {name: getattr(config, name) for name in TASK_CHECKS}
         if (scene := (task, config.encoder_type, *needs.values())) not in checked:
             checked.add(scene)
             dmc2gym.check_task(config)
@@ -167,7 +167,7 @@ def is_over(folder, run):
     """
     try:
         parse_run([*run.flags, "--run_dir", str(folder / run.folder)])
-    except Over:
+    except RunEnded:
         return True
     return False
 
@@ -190,8 +190,8 @@ def merge(folder, runs):
             for name, value in dataclasses.asdict(ours).items():
                 if name not in UNCHANGING and (old := getattr(theirs, name)) != value:
                     if name != "num_train_steps" or value < old:
-                        right = f"{folder / run.folder} was planned with {show(old)}; give the sweep another --name"
-                        raise Refused(f"--{name} {show(value)}: {right}")
+                        right = f"{folder / run.folder} was planned with {shorten(old)}; give the sweep another --name"
+                        raise Refused(f"--{name} {shorten(value)}: {right}")
     return [Run(*item) for item in (before | dict(runs)).items()]
 
 

@@ -13,7 +13,7 @@ import endings
 import rendering
 from endings import DIVERGED, REFUSED
 from experiments.grid import command
-from experiments.status import STATES, counted, hours, in_words, look, lost_console, make_console, report
+from experiments.status import STATES, hours, lost_console, make_console, plural, return_text, run_status, status_table
 from machine import available_cores
 from storage.run_folder import EXIT_CODE, OUTPUT, is_written, last_line, load_status, write_json
 
@@ -23,7 +23,7 @@ POLL = 0.2  # seconds between two looks at the processes
 REFRESH = 2  # seconds between two looks at their folders
 
 
-def places(jobs):
+def job_environments(jobs):
     """Environment variables of each of `jobs` processes: an equal share of the cores, and the GPUs in turn.
 
     A GPU draws for the runs that it trains, where it can: in many containers the GPUs compute and only Mesa draws.
@@ -68,14 +68,14 @@ class Processes:
     def __init__(self, folder, runs, jobs, say):
         self._folder, self._say = folder, say
         self._waiting = collections.deque(runs)
-        self._places = list(places(jobs))
+        self._places = list(job_environments(jobs))
         self._active = {}  # index of a place -> (run, process)
         self._deaths = collections.Counter()
         self.watched = set()  # folders of the runs that were started here or are done elsewhere
         self.failed = []  # runs that were given up
 
     def step(self):
-        """Take note of processes that have ended and start others in their places; False if there is nothing left."""
+        """Take note of processes that have ended and start others in their places; False if none is left."""
         for place, (run, process) in list(self._active.items()):
             if process.poll() is not None:
                 del self._active[place]
@@ -123,9 +123,9 @@ class Processes:
         if not (path / "args.json").exists():
             write_json(path / EXIT_CODE, code)
         if code == 0:
-            self._say(f"{run.folder}: finished, return {in_words(look(path))}")
+            self._say(f"{run.folder}: finished, return {return_text(run_status(path))}")
         elif code == DIVERGED:
-            self._say(f"{run.folder}: diverged: {look(path).note}")
+            self._say(f"{run.folder}: diverged: {run_status(path).note}")
         elif code == REFUSED and is_written(path):
             self._waiting.append(run)  # another sweep was faster
             self.watched.discard(run.folder)
@@ -139,7 +139,7 @@ class Processes:
     def stop(self):
         """Tell every process to save its run and to end, and wait for that."""
         if self._active:
-            self._say(f"stopping: saving {counted(len(self._active), 'run')}")
+            self._say(f"stopping: saving {plural(len(self._active), 'run')}")
         for _, process in self._active.values():
             process.terminate()
         for _, process in self._active.values():
@@ -156,7 +156,7 @@ def run_here(folder, runs, jobs, todo):
         with lost_console():
             console.print(line)
 
-    standings = {run.folder: look(folder / run.folder) for run in runs}
+    statuses = {run.folder: run_status(folder / run.folder) for run in runs}
     processes = Processes(folder, todo, jobs, say)
     code, next_look = 0, 0.0
     screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
@@ -167,14 +167,14 @@ def run_here(folder, runs, jobs, todo):
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + REFRESH
                 for run in todo:
-                    if run.folder not in processes.watched or standings[run.folder].state in ("finished", "diverged"):
+                    if run.folder not in processes.watched or statuses[run.folder].state in ("finished", "diverged"):
                         continue  # which reads its logs for nothing
-                    before, standings[run.folder] = standings[run.folder], look(folder / run.folder)
-                    if not screen and (line := _news(before, standings[run.folder])):
+                    before, statuses[run.folder] = statuses[run.folder], run_status(folder / run.folder)
+                    if not screen and (line := _news(before, statuses[run.folder])):
                         say(f"{run.folder}: {line}")
                 if screen:
                     with lost_console():
-                        screen.update(report(_by_state(standings)), refresh=True)
+                        screen.update(status_table(_by_state(statuses)), refresh=True)
             time.sleep(POLL)
             endings.check_signals()  # before a process that the same signal has ended could be started again
         code = 1 if processes.failed else 0
@@ -186,7 +186,7 @@ def run_here(folder, runs, jobs, todo):
             with lost_console():
                 screen.stop()
     with lost_console():
-        console.print(report({run.folder: look(folder / run.folder) for run in runs}))
+        console.print(status_table({run.folder: run_status(folder / run.folder) for run in runs}))
     return code
 
 
@@ -195,11 +195,11 @@ def _news(before, now):
     if now.state != "running" or now.last_return == before.last_return and before.state == "running":
         return None
     parts = [f"step {now.step:,} of {now.total:,}"]
-    parts += [f"return {in_words(now)}"] if now.last_return is not None else []
+    parts += [f"return {return_text(now)}"] if now.last_return is not None else []
     parts += [f"{hours(now.seconds)} left"] if now.seconds is not None else []
     return ", ".join(parts)
 
 
-def _by_state(standings):
+def _by_state(statuses):
     """What may not fit on a screen comes last."""
-    return dict(sorted(standings.items(), key=lambda item: STATES.index(item[1].state)))
+    return dict(sorted(statuses.items(), key=lambda item: STATES.index(item[1].state)))

@@ -202,7 +202,7 @@ def aligned(scores):
     return scores.dropna()
 
 
-def troubles(part):
+def unfinished_seeds(part):
     """[(seed, "missing" or "diverged at 40,000")] of the runs of one curve on one task that have not finished."""
     return [
         (seed, state if pd.isna(run["env_step"].max()) else f"{state} at {run['env_step'].max():,}")
@@ -211,20 +211,20 @@ def troubles(part):
     ]
 
 
-def in_words(found):
-    """What `troubles` found -> "seeds 2, 3 missing; seed 4 diverged at 40,000"."""
+def seeds_text(found):
+    """What `unfinished_seeds` found -> "seeds 2, 3 missing; seed 4 diverged at 40,000"."""
     words = {}
     for seed, what in found:
         words.setdefault(what, []).append(str(seed))
     return "; ".join(f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)} {what}" for what, seeds in words.items())
 
 
-def remarks(frame, names):
+def warnings_about(frame, names):
     """Lines for the user: which runs a curve lacks, where its aggregate ends, and what differs inside it."""
     for (curve, task), part in frame.groupby(["curve", "task"], sort=False):
         where = f"{curve} on {task}"
-        if found := troubles(part):
-            yield f"{where}: {in_words(found)}"
+        if found := unfinished_seeds(part):
+            yield f"{where}: {seeds_text(found)}"
         scores = by_seed(part)
         steps, common = scores.index, aligned(scores).index
         if len(steps) and not len(common):

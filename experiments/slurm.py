@@ -9,7 +9,7 @@ import sys
 
 from endings import Refused
 from experiments.grid import HERE, Run, command, is_over, locked, merge, store
-from experiments.status import counted
+from experiments.status import plural
 from storage.run_folder import load_sweep
 
 
@@ -118,7 +118,7 @@ def submit(folder, runs, args):
 
 def in_elements(elements):
     """How many runs are in how many elements, in words."""
-    return f"{counted(sum(map(len, elements)), 'run')} in {counted(len(elements), 'element')}"
+    return f"{plural(sum(map(len, elements)), 'run')} in {plural(len(elements), 'element')}"
 
 
 def batch(folder, runs, jobs, args):

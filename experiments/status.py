@@ -16,7 +16,7 @@ from storage.run_folder import last_line, load_args, load_rows, load_state, load
 STATES = ["running", "died", "stopped", "diverged", "waiting", "finished"]  # as a person reads them, in this order
 
 
-class Standing(NamedTuple):
+class RunStatus(NamedTuple):
     """How a run stands, from its folder alone."""
 
     state: str  # in STATES
@@ -27,11 +27,11 @@ class Standing(NamedTuple):
     note: str  # its last words, where it has not ended well
 
 
-def look(run):
-    """`Standing` of the run in folder `run`."""
+def run_status(run):
+    """`RunStatus` of the run in folder `run`."""
     state, word = load_state(run), load_status(run)
     if not (run / "args.json").exists():
-        return Standing("died" if state == "died" else "waiting", 0, None, None, None, last_line(run))
+        return RunStatus("died" if state == "died" else "waiting", 0, None, None, None, last_line(run))
     evaluations, episodes = load_rows(run, "eval.log"), load_rows(run, "train.log")
     args = load_args(run)
     step = max(word.get("step", 0), evaluations[-1]["step"] if evaluations else 0)
@@ -46,14 +46,14 @@ def look(run):
     elif state == "died":
         note = last_line(run)
     last = evaluations[-1]["episode_reward"] if evaluations else None
-    return Standing(state, step, args["num_train_steps"], last, seconds, note)
+    return RunStatus(state, step, args["num_train_steps"], last, seconds, note)
 
 
-def report(standings):
-    """{name: Standing} for a person: a table, last words, and how many runs are in which state."""
+def status_table(statuses):
+    """{name: RunStatus} for a person: a table, last words, and how many runs are in which state."""
     rows = [
-        (name, s.state, f"{s.step:,} of {s.total:,}" if s.total else "", in_words(s), hours(s.seconds))
-        for name, s in standings.items()
+        (name, s.state, f"{s.step:,} of {s.total:,}" if s.total else "", return_text(s), hours(s.seconds))
+        for name, s in statuses.items()
     ]
     titles = ("run", "state", "step", "return", "left")
     table = Table(box=None, pad_edge=False)
@@ -65,12 +65,12 @@ def report(standings):
             table.add_column(title, justify="left" if i == 1 else "right", no_wrap=True, min_width=width)
     for row in rows:
         table.add_row(*map(escape, row))
-    notes = [Text(f"{name}: {s.note}") for name, s in standings.items() if s.note]
-    counts = collections.Counter(s.state for s in standings.values())
+    notes = [Text(f"{name}: {s.note}") for name, s in statuses.items() if s.note]
+    counts = collections.Counter(s.state for s in statuses.values())
     return Group(table, *notes, Text(", ".join(f"{count} {state}" for state, count in counts.items())))
 
 
-class Lines(Console):
+class PipeConsole(Console):
     """rich's console, which would end the program when nobody reads it any more, as behind `| head`."""
 
     def on_broken_pipe(self):
@@ -79,7 +79,7 @@ class Lines(Console):
 
 def make_console():
     """stdout; lines of any length where it is no terminal."""
-    return Lines(highlight=False, markup=False, width=None if sys.stdout.isatty() else 500)
+    return PipeConsole(highlight=False, markup=False, width=None if sys.stdout.isatty() else 500)
 
 
 @contextlib.contextmanager
@@ -91,12 +91,12 @@ def lost_console():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def in_words(standing):
+def return_text(status):
     """The last return, "" if there is none."""
-    return "" if standing.last_return is None else f"{standing.last_return:.0f}"
+    return "" if status.last_return is None else f"{status.last_return:.0f}"
 
 
-def counted(number, noun):
+def plural(number, noun):
     """1, "run" -> "1 run"; 2, "run" -> "2 runs"."""
     return f"{number} {noun}{'s' * (number != 1)}"
 

@@ -16,13 +16,13 @@ from experiments.scores import (
     STATISTICS,
     begun,
     difference,
-    in_words,
     interval,
     measured,
     normalised,
     pooled_difference,
     published_scores,
-    troubles,
+    seeds_text,
+    unfinished_seeds,
 )
 
 TABLE = "task env_step method measure statistic value low high std n note source protocol".split()  # columns of its CSV
@@ -46,13 +46,13 @@ def returns_of(part, step, measure):
         flatter; and a note, which then lists those others.
     """
     scores = measured(part, step, measure)
-    lacking = [(seed, state) for seed, state in troubles(part) if seed not in scores.index]
+    lacking = [(seed, state) for seed, state in unfinished_seeds(part) if seed not in scores.index]
     ended = sorted(begun(part).query("state in ('finished', 'published')")["seed"].unique())
     lacking += [(seed, f"not evaluated at {step:,}") for seed in ended if seed not in scores.index]
     if scores.empty or any(state != "missing" for _, state in lacking):
         others = [f"seed {seed}: {score:.0f}" for seed, score in scores.items()]
-        return scores.iloc[:0], "; ".join([*others, in_words(lacking) or "no run"])
-    return scores, in_words(lacking)
+        return scores.iloc[:0], "; ".join([*others, seeds_text(lacking) or "no run"])
+    return scores, seeds_text(lacking)
 
 
 def cell(part, step, measure):

@@ -23,7 +23,7 @@ import torch
 from endings import Refused
 from storage.run_folder import CHECKPOINT, write_json, write_whole
 
-COST = 50  # an evaluation is followed by a checkpoint if that takes at most 1/50 of the time since the last
+CHECKPOINT_INTERVAL_RATIO = 50  # after an evaluation, time since the last checkpoint over the time that it took
 
 
 def save_model(agent, folder, step):
@@ -90,7 +90,7 @@ class Checkpoints:
     def save_if_due(self, evaluated=False):
         """Save where the last time is long enough ago; the parts must be between two decisions."""
         since = time.monotonic() - self._time
-        if since >= self._seconds or (evaluated and since >= COST * self._duration):
+        if since >= self._seconds or (evaluated and since >= CHECKPOINT_INTERVAL_RATIO * self._duration):
             self.save()
 
     def save(self):

@@ -33,7 +33,7 @@ def unpack(packed, first, out):
     out[...] = np.moveaxis(own.view(out.dtype).reshape(*out.shape[1:], out.shape[0]), -1, 0)
 
 
-def moved(tensor, device):
+def to_device(tensor, device):
     """`tensor` on `device`, without waiting for the copy."""
     if tensor.device.type == device.type:
         return tensor
@@ -60,11 +60,11 @@ class RawFrames:
 
     def write(self, slot, frame, first):
         """Put the array `frame` into `slot`."""
-        self._frames[slot].copy_(moved(torch.as_tensor(frame), self._frames.device), non_blocking=True)
+        self._frames[slot].copy_(to_device(torch.as_tensor(frame), self._frames.device), non_blocking=True)
 
     def read(self, slots):
         """Frames at `slots` (n,) int64, a tensor (n, *frame_shape) on the store's device."""
-        return self._frames.index_select(0, moved(torch.as_tensor(slots), self._frames.device))
+        return self._frames.index_select(0, to_device(torch.as_tensor(slots), self._frames.device))
 
 
 class PackedFrames:

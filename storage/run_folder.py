@@ -27,8 +27,8 @@ import time
 
 import endings
 import rendering
-from config import UNCHANGING, Config, check, complete, parse_flags, show
-from endings import Over, Refused, signals_kept_from_children
+from config import UNCHANGING, Config, check, complete, parse_flags, shorten
+from endings import Refused, RunEnded, signals_kept_from_children
 
 CHECKPOINT = "checkpoint"  # the folder's name
 OUTPUT = "output.log"  # what a run of a sweep prints
@@ -124,8 +124,8 @@ def _as_flag(name, value):
 def load_status(run):
     """run.json of the run in folder `run`, a dict; empty if there is none that is whole."""
     try:
-        word = json.loads((pathlib.Path(run) / "run.json").read_text())
-        return word if {"state", "step", "num_train_steps", "host", "pid"} <= set(word) else {}
+        status = json.loads((pathlib.Path(run) / "run.json").read_text())
+        return status if {"state", "step", "num_train_steps", "host", "pid"} <= set(status) else {}
     except (OSError, TypeError, ValueError):
         return {}
 
@@ -188,8 +188,8 @@ def load_state(run):
         except (OSError, ValueError):
             return "missing"
         return "missing" if code in endings.EXIT_CODES.values() else "died"
-    if word := load_status(run):
-        return word["state"] if word["state"] != "running" or is_written(run) else "died"
+    if status := load_status(run):
+        return status["state"] if status["state"] != "running" or is_written(run) else "died"
     rows = load_rows(run, "eval.log")
     return "finished" if rows and rows[-1]["step"] >= load_args(run)["num_train_steps"] else "stopped"
 
@@ -227,7 +227,7 @@ def parse_run(args=None):
 
     Raises:
         Refused: see `config.check`; --run_dir holds something that is no run, or a run of other flags.
-        Over: the run there is finished or has diverged.
+        RunEnded: the run there is finished or has diverged.
     """
     config = parse_flags(Config, args)
     if config.run_dir is None or not _holds_something(config.run_dir):
@@ -244,7 +244,7 @@ def parse_run(args=None):
         grows = field.name == "num_train_steps" and new > old
         if old != new and field.name not in UNCHANGING and not grows:
             right = "it may only grow" if field.name == "num_train_steps" else "a flag of a run cannot change"
-            raise Refused(f"--{field.name} {show(new)}: the run has {show(old)} and {right}: {config.run_dir}")
+            raise Refused(f"--{field.name} {shorten(new)}: the run has {shorten(old)} and {right}: {config.run_dir}")
     check(config)
     check_goes_on(config)
     return config, True
@@ -254,15 +254,15 @@ def check_goes_on(config):
     """Whether there is something to do in --run_dir, and something to go on from.
 
     Raises:
-        Over: the run is finished or has diverged.
+        RunEnded: the run is finished or has diverged.
         Refused: its checkpoint is gone. The first comes before the first decision.
     """
-    folder, word = pathlib.Path(config.run_dir), load_status(config.run_dir)
-    finished = word.get("state") == "finished"
-    if word.get("state") == "diverged":
-        raise Over(f"{folder}: stopped: {word.get('reason', 'diverged')}", endings.DIVERGED)
-    if finished and config.num_train_steps <= word["num_train_steps"]:
-        raise Over(f"{folder}: finished, {word['step']} steps", 0)
+    folder, status = pathlib.Path(config.run_dir), load_status(config.run_dir)
+    finished = status.get("state") == "finished"
+    if status.get("state") == "diverged":
+        raise RunEnded(f"{folder}: stopped: {status.get('reason', 'diverged')}", endings.DIVERGED)
+    if finished and config.num_train_steps <= status["num_train_steps"]:
+        raise RunEnded(f"{folder}: finished, {status['step']} steps", 0)
     if any((folder / CHECKPOINT).glob("*.json")):
         return
     if finished:
@@ -312,14 +312,14 @@ class RunFolder:
 
     Raises:
         Refused: it cannot be made, or another process writes it.
-        Over: see `check_goes_on`.
+        RunEnded: see `check_goes_on`.
     """
 
     def __init__(self, config, resumes):
         flag, value = ("work_dir", config.work_dir) if config.run_dir is None else ("run_dir", config.run_dir)
         check_writable(flag, value)
         self._config, self._resumes = config, resumes
-        self._word, self._time = {"state": "running", "step": 0}, 0.0
+        self._status, self._time = {"state": "running", "step": 0}, 0.0
         try:
             self.path = self._new(config) if config.run_dir is None else pathlib.Path(config.run_dir)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -364,14 +364,14 @@ class RunFolder:
                 raise
             else:
                 lock.close()
-                word = load_status(self.path)
-                who = f" (pid {word['pid']} on {word['host']})" if "pid" in word else ""
+                status = load_status(self.path)
+                who = f" (pid {status['pid']} on {status['host']})" if "pid" in status else ""
                 raise Refused(f"--run_dir {self.path}: another process{who} is writing this run") from None
         return lock
 
     def begin(self, step, made_with):
         """Say in args.json that the run begins, or goes on at `step`; `made_with`: see `provenance`."""
-        self._word["step"] = step
+        self._status["step"] = step
         now = {"time": time.time(), "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]], **made_with}
         args = dataclasses.asdict(self._config)
         if self._resumes:
@@ -401,18 +401,18 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 self.report(step=step)
 
-    def report(self, **word):
+    def report(self, **status):
         """Put `state`, `step`, `reason` or what else is new into run.json.
 
         Raises:
             OSError: it cannot be written.
         """
-        self._word.update(word)
+        self._status.update(status)
         self._time = time.monotonic()
         here = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
         c = self._config
-        steps = {"env_step": self._word["step"] * c.action_repeat, "num_train_steps": c.num_train_steps}
-        write_json(self.path / "run.json", {**self._word, **steps, **here})
+        steps = {"env_step": self._status["step"] * c.action_repeat, "num_train_steps": c.num_train_steps}
+        write_json(self.path / "run.json", {**self._status, **steps, **here})
 
     def release(self):
         """Let another process write here."""

@@ -1,15 +1,12 @@
 """The benchmark commands print what they claim to measure."""
 
-import pathlib
-import sys
-
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 
 
 def test_throughput(call):
-    result = call("throughput.py", "--batch_sizes 2 --updates 2 --decisions 2 --rounds 2 --rows=--update_mode=joint")
+    result = call(
+        "benchmarks.throughput", "--batch_sizes 2 --updates 2 --decisions 2 --rounds 2 --rows=--update_mode=joint"
+    )
     assert result.returncode == 0, result.stderr
     assert "times as long in bf16 as in fp32" in result.stdout
     (row,) = [line.split() for line in result.stdout.splitlines() if line.startswith("--update_mode=joint")]
@@ -28,7 +25,7 @@ def test_throughput(call):
 
 def test_no_row_is_above_its_peak():
     """Updates that are faster than the products that were timed become the peak themselves."""
-    from throughput import highest_rates
+    from benchmarks.throughput import highest_rates
 
     rows = [
         {"seconds": seconds, "flops": {"fp32": fp32, "bf16": bf16}, "peaks": {"fp32": 10.0, "bf16": 20.0}}
@@ -42,7 +39,7 @@ def test_no_row_is_above_its_peak():
 
 def test_medians_over_rounds():
     """Of a row that was slow in one round, once in three, the other rounds count; ratios are taken within a round."""
-    from throughput import over_rounds
+    from benchmarks.throughput import over_rounds
 
     common = {"flops": {"fp32": 1.0, "bf16": 0.0}}
     rows = [
@@ -65,22 +62,21 @@ def test_medians_over_rounds():
     ],
 )
 def test_what_cannot_be_timed(call, flags, line):
-    result = call("throughput.py", flags)
+    result = call("benchmarks.throughput", flags)
     assert (result.returncode, result.stdout) == (2, "") and result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"throughput.py: error: {line}") and len(result.stderr) <= 201
+    assert result.stderr.startswith(f"benchmarks.throughput: error: {line}") and len(result.stderr) <= 201
 
 
 @pytest.mark.parametrize("directory", ["", "tests", "/no/such/folder"])
 def test_released_says_what_it_needs(call, directory):
-    result = call("released.py", directory)
+    result = call("benchmarks.released", directory)
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
     assert "needs git clone https://github.com/BangYou01/DY2P and git -C DY2P checkout 0ce9f0f" in result.stderr
     assert len(result.stderr) <= 201
 
 
 def test_our_row_of_released():
-    import released
-
+    from benchmarks import released
     from config import parse
 
     config = parse("--update_mode joint --batch_size 2 --replay_buffer_capacity 2000".split())
@@ -88,9 +84,9 @@ def test_our_row_of_released():
 
 
 def test_random_policy(call):
-    result = call("random_policy.py", "--tasks cartpole-swingup --num_episodes 2")
+    result = call("benchmarks.random_policy", "--tasks cartpole-swingup --num_episodes 2")
     header, row = [line.split(",") for line in result.stdout.splitlines()]
     assert header == "method env_steps task mean std seeds source".split()
     assert row[:3] == ["random policy", "0", "cartpole_swingup"] and 0 < float(row[3]) < 500 and row[5] == ""
-    result = call("random_policy.py", "--num_episodes 1")
+    result = call("benchmarks.random_policy", "--num_episodes 1")
     assert (result.returncode, result.stdout) == (2, "") and "--num_episodes 1: must be at least 2" in result.stderr

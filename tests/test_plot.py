@@ -472,14 +472,16 @@ def test_uneven_evaluations_are_named(tmp_path):
     make_run(tmp_path / "v/cartpole-swingup/s2", "--seed 2 --eval_freq 2500", noisy(2)[:3])
     frame, names = frame_of(tmp_path)
     assert "v on cartpole-swingup: not evaluated by all seeds, so not in the aggregate: 10,000, 30,000" in list(
-        scores.remarks(frame, names)
+        scores.warnings_about(frame, names)
     )
     (thick,) = lines_of(plot.draw_curves(frame, names, "mean").axes[0])
     assert thick[:, 0].tolist() == [0, 20_000, 40_000]
     make_run(tmp_path / "v/cartpole-swingup/s3", "--seed 3 --eval_freq 1111", [])
     (tmp_path / "v/cartpole-swingup/s3/eval.log").write_text('{"step": 9, "env_step": 72, "episode_reward": 1.0}\n')
     frame, names = frame_of(tmp_path)
-    assert any("no aggregate, since no evaluation step is common" in line for line in scores.remarks(frame, names))
+    assert any(
+        "no aggregate, since no evaluation step is common" in line for line in scores.warnings_about(frame, names)
+    )
     assert lines_of(plot.draw_curves(frame, names, "mean").axes[0]) == []
 
 

@@ -14,7 +14,7 @@ from test_resume import STATES, curves, rows
 
 import train
 from config import UNCHANGING, Config
-from endings import Over, Refused
+from endings import Refused, RunEnded
 from logger import Logger
 from replay_buffer import ReplayBuffer
 from storage import run_folder
@@ -67,7 +67,7 @@ def test_which_flags_may_change(begun, monkeypatch):
     args = json.loads((begun / "kept" / "args.json").read_text())
     assert set(UNCHANGING) <= {*Config.__dataclass_fields__} <= set(args)
     for flags in ("", SHORT, "--seed -1", "--batch_size 4 --save_tb --log_interval 7 --env_worker --device cpu"):
-        with pytest.raises(Over, match="kept: finished, 16 steps"):
+        with pytest.raises(RunEnded, match="kept: finished, 16 steps"):
             parse_run(f"{flags} {run_dir}".split())
     config, resumes = parse_run(f"--num_train_steps 20 --save_video {run_dir}".split())
     assert resumes and config.save_video and config.batch_size == 4 and config.num_train_steps == 20

@@ -329,9 +329,11 @@ def test_jobs_share_the_machine(here, call, monkeypatch):
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "3")
-    assert [(p["OMP_NUM_THREADS"], p["MUJOCO_EGL_DEVICE_ID"]) for p in processes.places(2)] == [("1", "3")] * 2
+    assert [(p["OMP_NUM_THREADS"], p["MUJOCO_EGL_DEVICE_ID"]) for p in processes.job_environments(2)] == [
+        ("1", "3")
+    ] * 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f6d")
-    assert [p["CUDA_VISIBLE_DEVICES"] for p in processes.places(2)] == ["GPU-8f6d"] * 2
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in processes.job_environments(2)] == ["GPU-8f6d"] * 2
 
 
 def test_gpus_that_the_driver_knows_of(here, monkeypatch):
@@ -340,9 +342,9 @@ def test_gpus_that_the_driver_knows_of(here, monkeypatch):
     driver.write_text("#!/bin/sh\nprintf '0\\n1\\n2\\n'\n")
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{driver.parent}:{os.environ['PATH']}")
-    assert [p["CUDA_VISIBLE_DEVICES"] for p in processes.places(4)] == ["0", "1", "2", "0"]
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in processes.job_environments(4)] == ["0", "1", "2", "0"]
     driver.write_text("#!/bin/sh\nexit 9\n")  # no driver
-    assert all("CUDA_VISIBLE_DEVICES" not in p for p in processes.places(2))
+    assert all("CUDA_VISIBLE_DEVICES" not in p for p in processes.job_environments(2))
 
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
@@ -418,23 +420,23 @@ def test_a_run_that_ends_before_it_begins(here, call, script, state, word):
     assert call("sweep.py", "--name a -- --seed 0").returncode == 1
     result = call("sweep.py", f"--status {here}")
     assert [load_state(run) for run in find_runs(here)] == [state]
-    assert word in result.stdout and result.stdout.endswith(f"1 {status.look(find_runs(here)[0]).state}\n")
+    assert word in result.stdout and result.stdout.endswith(f"1 {status.run_status(find_runs(here)[0]).state}\n")
 
 
 def test_only_runs_that_change_are_read(here, call, monkeypatch):
     """Logs of many finished runs, read every two seconds, would keep a core busy."""
-    looks, look = [], status.look
+    seen, real = [], status.run_status
 
     def noted(run):
-        looks.append((run.name, look(run).state))
-        return look(run)
+        seen.append((run.name, real(run).state))
+        return real(run)
 
-    monkeypatch.setattr(processes, "look", noted)
+    monkeypatch.setattr(processes, "run_status", noted)
     monkeypatch.setattr(processes, "REFRESH", 0)
     assert call("sweep.py", "--name a --jobs 2 -- --seed 20,21,7").returncode == 0
     for seed in (20, 21):  # when it ends, in the table that is drawn next, and in the last one
-        assert looks.count((f"s{seed}", "finished")) <= 3
-    assert looks.count(("s7", "running")) > 10
+        assert seen.count((f"s{seed}", "finished")) <= 3
+    assert seen.count(("s7", "running")) > 10
 
 
 def test_a_folder_that_cannot_be_read_hides_no_other(here, call):
@@ -586,9 +588,11 @@ def test_a_reader_that_goes_away(here, start):
 
 def test_a_narrow_terminal(capsys):
     """The names are wrapped, what is said of them is whole."""
-    run = status.Standing("finished", 63_000, 63_000, 1000.0, None, "")
-    console = status.Lines(width=60)
-    console.print(status.report({f"omega_cody_loss=0.0{k},cody_lr=1e-4/ball_in_cup-catch/s1": run for k in (1, 2)}))
+    run = status.RunStatus("finished", 63_000, 63_000, 1000.0, None, "")
+    console = status.PipeConsole(width=60)
+    console.print(
+        status.status_table({f"omega_cody_loss=0.0{k},cody_lr=1e-4/ball_in_cup-catch/s1": run for k in (1, 2)})
+    )
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 60
     assert sum("finished  63,000 of 63,000    1000" in line for line in lines) == 2

@@ -321,7 +321,7 @@ def test_the_last_rows_are_on_the_disk_before_the_checkpoint_goes(tmp_path, monk
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Checkpoints, "free", free)
-    monkeypatch.setattr(checkpoint, "COST", 1e9)  # no checkpoint after an evaluation
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_INTERVAL_RATIO", 1e9)  # no checkpoint after an evaluation
     assert call("train.py", f"{STATE} --save_tb --run_dir {tmp_path}/a").returncode == 0
     assert (tmp_path / "a" / "looked").exists()
 

@@ -1,7 +1,7 @@
 """What a checkpoint costs: time of saving and loading it, share of a run, bytes on disk.
 
-    python benchmarks/checkpoint.py                                          # the default networks on cartpole swingup
-    python benchmarks/checkpoint.py --transitions 100000 --flags="--domain_name walker --task_name walk"
+    python -m benchmarks.checkpoint_cost                            # the default networks on cartpole swingup
+    python -m benchmarks.checkpoint_cost --transitions 100000 --flags="--domain_name walker --task_name walk"
 
 Fills a replay with episodes of a random policy, drawn once and repeated up to `--transitions`, then saves after each
 further episode. The share is that of one checkpoint every `--checkpoint_minutes` of the flags, 10 by default; what the
@@ -11,23 +11,19 @@ journal costs between them, packing and writing each frame, is printed beside it
 import dataclasses
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import psutil
+import torch
 
-import psutil  # noqa: E402
-import torch  # noqa: E402
-
-import train  # noqa: E402
-from config import parse, parse_flags  # noqa: E402
-from endings import EXPECTED, end  # noqa: E402
-from machine import choose_device, keep_freed_memory, limit_threads  # noqa: E402
-from storage.checkpoint import Checkpoints  # noqa: E402
-from storage.run_folder import git_commit  # noqa: E402
-from utils import GlobalRandomness  # noqa: E402
+import train
+from config import parse, parse_flags
+from endings import EXPECTED, end
+from machine import choose_device, keep_freed_memory, limit_threads
+from storage.checkpoint import Checkpoints
+from storage.run_folder import git_commit
+from utils import GlobalRandomness
 
 
 @dataclasses.dataclass(frozen=True)
