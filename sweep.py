@@ -64,9 +64,9 @@ class Args:
     """Print how the runs in this folder stand."""
     resume: str | None = None
     """Go on with the sweep in this folder."""
-    array: tyro.conf.Suppress[int | None] = None
+    array: int | None = None
     """For the batch script: with --resume, only runs of this job array; the first that the sweep has submitted is 0."""
-    element: tyro.conf.Suppress[int | None] = None
+    element: int | None = None
     """For the batch script: of that array's runs, only those of this element."""
 
 

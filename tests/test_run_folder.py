@@ -240,7 +240,7 @@ def test_the_end_of_memory(begun, tmp_path, monkeypatch, call):
     flags = f"{SHORT} --replay_storage lz4 --run_dir {tmp_path}/run"
     room = iter([10**10] * 8)
     with monkeypatch.context() as patch:
-        patch.setattr("replay_buffer.WATCHED", 1)
+        patch.setattr("replay_buffer.MEMORY_CHECK_FRAMES", 1)
         patch.setattr("replay_buffer.available_memory", lambda: next(room, 10**8))
         result = call("train.py", flags)
     assert result.returncode == 1 and result.stderr.count("\n") == 1
