@@ -1,7 +1,7 @@
 """Every flag of `train.py`: its type, default and meaning. Importable without torch.
 
-`parse` turns a command line into a `Config` that is complete, checked and frozen. A value that cannot work is a
-`Refused` whose message is one line: the flag, its value, and what would be right.
+`parse` turns a command line into a complete, checked and frozen `Config`. For an invalid value it raises `Refused`
+with a one-line message: the flag, its value, and what would be right.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ TASK_TABLE = {
 ENV_STEPS = 500_000  # training budget of a task outside the table
 EVAL_ENV_STEPS = 10_000  # environment steps between evaluations of a task outside the table
 EPISODE_LENGTH = 1_000  # environment steps in a DeepMind Control episode
-FLOAT32_MIN, FLOAT32_MAX = 2.0**-149, (2 - 2.0**-23) * 2.0**127  # the networks compute in it
+FLOAT32_MIN, FLOAT32_MAX = 2.0**-149, (2 - 2.0**-23) * 2.0**127  # the networks compute in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +46,18 @@ class Config:
     action_repeat: int | None = None
     """Physics control steps per decision. None: the task table's value, else 1."""
     frame_stack: int | None = None
-    """Frames in one observation. None: 3, and 1 for --encoder_type identity."""
+    """Frames in one observation. None: 3, or 1 with --encoder_type identity."""
     pre_transform_image_size: int | None = None
-    """Rendered height and width in pixels; if larger than image_size: random crop for training, centre crop for
-    acting. None: image_size, with random shift."""
+    """Rendered height and width in pixels. If larger than image_size: random crops for training, centre crop for
+    acting. None: image_size, with random shifts."""
     camera_id: int | None = None
-    """Camera of frames and videos. None: the task's usual one, 2 for quadruped, else 0."""
+    """Camera for frames and videos. None: the task's usual one, 2 for quadruped, else 0."""
     image_size: int = 84
-    """Height and width in pixels of what the encoder sees."""
+    """Height and width in pixels of the encoder's input."""
 
     # training
     agent: Literal["cody_sac", "sac", "sac_ae"] = "cody_sac"
-    """SAC with the CoDy auxiliary task, with none, or with the reconstruction of SAC+AE (and no augmentation)."""
+    """SAC with the CoDy auxiliary task, without one, or with SAC+AE's reconstruction loss (and no augmentation)."""
     num_train_steps: int | None = None
     """Decisions in the run. None: the task table's value, else 500,000 environment steps."""
     init_steps: int = 1_000
@@ -65,55 +65,55 @@ class Config:
     updates_per_step: int = 1
     """Gradient updates per decision."""
     batch_size: int = 256
-    """Pairs of consecutive transitions in one update. Released: README 256, train.sh 512, default 32."""
+    """Pairs of consecutive transitions per update. Released: README 256, train.sh 512, default 32."""
     replay_buffer_capacity: int = 100_000
-    """Transitions the replay buffer holds."""
+    """Capacity of the replay buffer in transitions."""
     hidden_dim: int = 1024
     """Width of the hidden layers of actor, critic and CoDy."""
     discount: float = 0.99
     """Discount factor gamma per decision."""
     seed: int = 1
-    """Seed of everything random in the run; -1 draws one and records it."""
+    """Random seed; -1 draws one and records it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the networks run; auto is cuda when there is one."""
+    """Device of the networks; auto is cuda if available."""
 
     # speed
     update_mode: Literal["sequential", "joint"] = "sequential"
-    """sequential: critic and CoDy step the encoder one after the other. joint: one forward of o_t and one backward
-    through the encoder for both losses, one Adam at encoder_lr; the actor reuses the features."""
+    """sequential: the critic's and CoDy's optimizers step the encoder in turn. joint: one forward of o_t and one
+    backward through the encoder for both losses, one Adam at encoder_lr; the actor reuses the features."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the convolutions; parameters, heads and losses are float32 either way."""
+    """Precision of the convolutions; parameters, heads and losses are float32 either way."""
     compile: bool = False
-    """torch.compile the networks, on CUDA with CUDA graphs; the first updates are slow."""
+    """Use torch.compile for the networks, with CUDA graphs on CUDA; the first updates are slow."""
     replay_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the replay's frames lie; auto is with the networks where they take less than half of the free memory."""
+    """Device that stores the replay's frames; auto is the networks' if they take less than half its free memory."""
     replay_storage: Literal["auto", "raw", "lz4"] = "auto"
-    """How the replay's frames are stored: as they are, or packed to a twentieth to a half, by task, which takes a
-    little time in each update; auto is raw where they take less than half of the free memory."""
+    """Storage of the replay's frames: raw, or LZ4-compressed to between 1/20 and 1/2 of the size, depending on the
+    task, at a small cost per update; auto is raw if they take less than half of the free memory."""
     env_worker: bool = True
-    """Step the environment in a process beside the update, and evaluate in up to four; the results are the same."""
+    """Step the environment in its own process during the updates, and evaluate in up to four; same results."""
 
     # evaluation
     eval_freq: int | None = None
     """Decisions between evaluations. None: the task table's value, else 10,000 environment steps."""
     num_eval_episodes: int = 10
-    """Episodes in one evaluation."""
+    """Episodes per evaluation."""
 
     # critic
     critic_lr: float = 1e-3
-    """Adam learning rate of the critic's step: Q networks and, unless --update_mode joint, encoder."""
+    """Adam learning rate of the Q networks and, unless --update_mode joint, of the encoder in the critic's step."""
     critic_beta: float = 0.9
-    """Adam beta1 of the critic, its encoder included."""
+    """Adam beta1 of the critic and its encoder."""
     critic_tau: float = 0.01
     """EMA rate of the target Q networks."""
     critic_target_update_freq: int = 2
     """Updates between EMA steps of all targets."""
     target_augmentations: int = 1
-    """K: augmentations of the next observation that the critic's target is the mean over."""
+    """K: augmentations of the next observation over which the critic's target is averaged."""
     critic_augmentations: int = 1
-    """M: augmentations of the observation that the critic's loss is the mean over."""
+    """M: augmentations of the observation over which the critic's loss is averaged."""
     detach_encoder: bool = False
-    """Stop the critic's gradient at the output of the convolutions."""
+    """Stop the critic's gradient at the convolutions' output."""
 
     # actor
     actor_lr: float = 1e-3
@@ -138,65 +138,65 @@ class Config:
     # encoder
     encoder_type: Literal["pixel", "protorl", "identity"] = "pixel"
     """pixel: convs, linear, LayerNorm. protorl: pixels minus 1/2, LayerNorm and tanh moved into actor and critic.
-    identity: train from the task's state, no pixels."""
+    identity: train from the task's state instead of pixels."""
     encoder_feature_dim: int = 50
     """Dimension d of the latent."""
     encoder_lr: float = 1e-3
-    """Adam learning rate of the encoder in CoDy's step, where cody_lr is added to it; joint: in the one step."""
+    """Adam learning rate of the encoder: in CoDy's step, where cody_lr is added, or in the joint step."""
     encoder_tau: float = 0.05
-    """EMA rate of the target encoder and of CoDy's target predictor."""
+    """EMA rate of the target encoder and CoDy's target predictor."""
     num_layers: int = 4
-    """Convolution layers."""
+    """Number of convolution layers."""
     num_strided_layers: int = 1
-    """How many of the first convolutions have stride 2; 2 halves the cost of an update."""
+    """Number of leading convolutions with stride 2; 2 halves the cost of an update."""
     conv_init: Literal["delta_orthogonal", "orthogonal"] = "delta_orthogonal"
-    """Initial convolutions of the encoder: orthogonal at the centre of the kernel, or over the whole kernel."""
+    """Initialization of the encoder's convolutions: orthogonal at the kernel's centre, or over the whole kernel."""
     num_filters: int = 32
-    """Filters of each convolution."""
+    """Filters per convolution."""
 
     # CoDy
     cody_lr: float = 1e-4
     """Adam learning rate of CoDy's own networks."""
     cody_beta2: float = 0.999
-    """Adam beta2 of CoDy's step; 0.99 or 0.95 forgets old gradients sooner."""
+    """Adam beta2 of CoDy's optimizer; 0.99 or 0.95 forgets old gradients sooner."""
     cody_warmup_updates: int = 0
-    """Updates over which CoDy's step grows linearly to its full size."""
+    """Updates of linear warm-up of CoDy's step size."""
     cody_max_grad_norm: float | None = None
-    """Clip the norm of the gradient of CoDy's loss. None: no clip."""
+    """Gradient norm at which CoDy's loss is clipped. None: no clipping."""
     cody_grad_ratio: float | None = None
-    """Joint mode: scale CoDy's gradient at the latent, in each batch, to this multiple of the critic's. None: leave it
-    as it is, a hundredth of the critic's late in a run."""
+    """Joint mode: rescale CoDy's gradient at the latent, per batch, to this multiple of the critic's. None: no
+    rescaling; it is about a hundredth of the critic's late in a run."""
     omega_cody_loss: float = 1e-3
-    """Weight omega of the KL term (published objective: of its second term); 0 still computes and logs it.
+    """Weight omega of the KL term (in the published objective, of its second term); 0 still computes and logs it.
     Released: README and default 0.001, train.sh 0.01."""
     cody_objective: Literal["dynamics_kl", "published"] = "dynamics_kl"
-    """InfoNCE with the KL term, or the three terms of the 2022 paper."""
+    """InfoNCE with the KL term, or the three-term loss of the 2022 paper."""
     beta_cody_loss: float = 1.0
     """Weight beta of the regression term of the published objective."""
     kl_prior: Literal["learned", "shared", "unit_gaussian", "none"] = "learned"
-    """Prior of the KL term: own network, the posterior's network, N(0, 1), or no KL term."""
+    """Prior of the KL term: its own network, the posterior's network, N(0, 1), or no KL term."""
     kl_encoder: Literal["target", "online"] = "target"
-    """Encoder of the prior's input o_{t-1}; no gradient either way."""
+    """Encoder for the prior's input o_{t-1}; no gradient either way."""
     key_encoder: Literal["target", "online"] = "target"
-    """Encoder of the keys' o_{t+1}; no gradient either way."""
+    """Encoder for the keys' o_{t+1}; no gradient either way."""
     dynamics_layer_norm: bool = True
     """LayerNorm over the outputs of posterior and prior."""
     reward_prediction: Literal["contrastive", "regression", "none"] = "contrastive"
-    """Reward as a part of the key, by a regression head with squared error, or not predicted."""
+    """Reward as part of the key, predicted by a regression head with squared error, or not predicted."""
     reward_norm: Literal["per_step", "symmetric", "none"] = "per_step"
-    """Reward that CoDy predicts: per physics step, the same scaled from [0, 1] to [-1, 1], or the raw sum."""
+    """Scale of the reward that CoDy predicts: per physics step, the same mapped from [0, 1] to [-1, 1], or the sum."""
     action_encoder: bool = False
     """Encode actions (|A| to 512 to 16, LayerNorm) before posterior and prior."""
     projection: Literal["mlp", "linear", "none"] = "mlp"
-    """Projection of the posterior's sample before the predictor."""
+    """Projection between the posterior's sample and the predictor."""
     predictor_layers: int = 2
-    """Linear layers of the predictor."""
+    """Number of linear layers in the predictor."""
 
     # SAC+AE
     decoder_lr: float = 1e-3
-    """Adam learning rate of the decoder (the encoder's, in the same step, is encoder_lr)."""
+    """Adam learning rate of the decoder; the encoder's, in the same step, is encoder_lr."""
     decoder_update_freq: int = 1
-    """Updates between steps of the reconstruction loss."""
+    """Updates between steps on the reconstruction loss."""
     decoder_latent_lambda: float = 1e-6
     """Weight of the penalty on the squared norm of the latent."""
     decoder_weight_lambda: float = 1e-7
@@ -204,23 +204,23 @@ class Config:
 
     # output
     work_dir: str = "runs"
-    """Folder of all runs; this run writes <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/."""
+    """Folder for all runs; this run writes <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/."""
     run_dir: str | None = None
-    """Folder of this run; one that it has begun in is continued, with its flags. None: a new one below work_dir."""
+    """Folder for this run; if it already holds a run, resume it with its flags. None: a new one in work_dir."""
     checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints, from which a run that was ended goes on; after an evaluation too, if cheap."""
+    """Minutes between checkpoints, from which an interrupted run resumes; also after an evaluation, if cheap."""
     keep_checkpoint: bool = False
-    """Keep optimizers and replay of a finished run, to go on with a larger num_train_steps or to read its data."""
+    """Keep optimizers and replay after the run, to train on with a larger num_train_steps or to read the data."""
     log_interval: int = 100
-    """Decisions between readings of the training metrics."""
+    """Decisions between reads of the training metrics from the device."""
     divergence_factor: float = 10.0
-    """Warn when KL or the critic loss passes this multiple of its running median."""
+    """Warn when the KL or critic loss exceeds this multiple of its running median."""
     save_tb: bool = False
     """Write TensorBoard events to tb/."""
     tb_media: bool = True
-    """Pictures and histograms among them, which take most of the time that a page with many runs needs to load."""
+    """Include images and histograms, which take up most of the loading time of a page with many runs."""
     wandb: str | None = None
-    """Send them to this project of Weights & Biases too; WANDB_MODE=offline keeps them in wandb/. None: do not."""
+    """Weights & Biases project to send the events to as well; WANDB_MODE=offline keeps them in wandb/. None: off."""
     save_video: bool = False
     """Write an mp4 of the first episode of each evaluation to video/."""
     save_model: bool = False
@@ -233,11 +233,11 @@ class Config:
 
 
 def complete(config: Config) -> Config:
-    """Fill in what other flags decide where it is None, and draw the seed if it is -1."""
+    """Replace each None whose default depends on other flags, and draw the seed if it is -1."""
     repeat, steps, eval_freq = TASK_TABLE.get((config.domain_name, config.task_name), (1, None, None))
-    if config.action_repeat not in (None, repeat):  # same budget in environment steps, other decisions
+    if config.action_repeat not in (None, repeat):  # same budget in environment steps, different number of decisions
         repeat, steps, eval_freq = config.action_repeat, None, None
-    per_decision = max(1, repeat)  # an impossible repeat is reported by `check`
+    per_decision = max(1, repeat)  # `check` reports an invalid repeat
     defaults = {
         "action_repeat": repeat,
         "num_train_steps": steps or math.ceil(ENV_STEPS / per_decision),
@@ -251,7 +251,7 @@ def complete(config: Config) -> Config:
     return dataclasses.replace(config, **values)
 
 
-# may differ when a run goes on: what they change is no result, or rounding alone
+# may change when a run resumes: they affect no result, or only rounding
 UNCHANGING = (
     "device compile replay_device replay_storage env_worker work_dir run_dir log_interval divergence_factor save_tb "
     "tb_media wandb save_video save_model checkpoint_minutes keep_checkpoint"
@@ -262,7 +262,7 @@ AT_LEAST_1 = (
     "critic_target_update_freq actor_update_freq encoder_feature_dim num_layers num_filters log_interval "
     "updates_per_step predictor_layers decoder_update_freq target_augmentations critic_augmentations"
 ).split()
-AT_MOST = {  # far beyond what anybody wants, and far below what an integer of torch cannot hold
+AT_MOST = {  # far beyond any use, and far below overflow of torch's integers
     **dict.fromkeys(("target_augmentations", "critic_augmentations", "predictor_layers"), 100),
     **dict.fromkeys(("hidden_dim", "num_filters", "encoder_feature_dim"), 1_000_000),
 }
@@ -286,7 +286,7 @@ PIXELS = (
 
 
 def check(config: Config) -> None:
-    """Raise `Refused` for the first value of a complete config that cannot work."""
+    """Raise `Refused` for the first invalid value of a complete config."""
     for refusals in (_ranges, _relations, _combinations):
         for ok, flag, right in refusals(config):
             if not ok:
@@ -294,7 +294,7 @@ def check(config: Config) -> None:
 
 
 def _ranges(c: Config):
-    """(fine, flag, what is right) of each value by itself."""
+    """(ok, flag, what would be right) for each value on its own."""
     floats = [f.name for f in dataclasses.fields(c) if isinstance(getattr(c, f.name), float)]
     yield from ((math.isfinite(getattr(c, flag)), flag, "must be finite") for flag in floats)
     yield from ((abs(getattr(c, flag)) <= FLOAT32_MAX, flag, "is more than float32 holds") for flag in floats)
@@ -320,7 +320,7 @@ def _ranges(c: Config):
 
 
 def _relations(c: Config):
-    """The same of each value beside another."""
+    """The same for values that depend on each other."""
     std_max, layers = c.actor_log_std_max, shorten(c.num_layers)
     yield c.actor_log_std_min < std_max, "actor_log_std_min", f"must be below --actor_log_std_max {std_max}"
     strided = c.num_strided_layers
@@ -329,7 +329,7 @@ def _relations(c: Config):
         "num_strided_layers",
         f"must be from 0 to --num_layers {layers}, 16 at most",
     )
-    # 3x3 convolutions need at least one output pixel: one with stride 1 takes 2 pixels, one with stride 2 half of them
+    # at least one output pixel must remain: a 3x3 convolution with stride 1 takes 2 pixels, with stride 2 half of them
     smallest = 2**strided * 2 * (c.num_layers - strided + 1) - 1
     right = f"must be at least {shorten(smallest)} pixels for --num_layers {layers}"
     yield c.image_size >= smallest, "image_size", right
@@ -351,7 +351,7 @@ def _relations(c: Config):
 
 
 def _combinations(c: Config):
-    """Choices that another one makes meaningless are refused rather than ignored."""
+    """The same for flags that another flag makes meaningless: refused rather than ignored."""
     steps_encoder = c.agent != "sac" or c.update_mode == "joint"
     pixels = c.encoder_type != "identity"
     yield pixels or c.agent != "cody_sac", "encoder_type", "--agent cody_sac has no encoder to train; needs --agent sac"
@@ -389,13 +389,13 @@ def _combinations(c: Config):
 
 
 def shorten(value) -> str:
-    """The value for a message, cut where it would make the line too long."""
+    """The value as text for a message, truncated to 24 characters."""
     text = str(value)
     return text if len(text) <= 24 else f"{text[:20]}..."
 
 
 def parse_flags(flags, args=None, default=None):
-    """Command line -> instance of the dataclass `flags`; flags not given are those of the instance `default`.
+    """Command line -> instance of the dataclass `flags`; missing flags come from the instance `default`.
 
     `--help` prints and exits; bad input raises `Refused`.
     """
@@ -428,7 +428,7 @@ def _unrecognized(flags, args) -> str | None:
 
 
 def _wrong_type(line) -> str | None:
-    """What tyro says of a value that is no number, as the flag, the value and what is right."""
+    """tyro's message for a value that is not a number, rewritten as flag, value and what would be right."""
     found = re.match(
         r"Error parsing (--\w+): (?:no type matching (?:\{None\}\|)?(.*) could be instantiated from \[(.*?)\]\."
         r"|invalid literal for (INT)\(\) with base 10: (.*)|could not convert string to (FLOAT): (.*))",
@@ -444,7 +444,7 @@ def _wrong_type(line) -> str | None:
 
 
 def parse(args=None) -> Config:
-    """Command line -> complete, checked config; see `parse_flags`."""
+    """Command line -> complete, checked config; raises as `parse_flags` does."""
     config = complete(parse_flags(Config, args))
     check(config)
     return config
@@ -454,7 +454,7 @@ def _one_line(box: str) -> str:
     """tyro's boxed message as one line."""
     lines = []
     for line in box.splitlines()[1:]:
-        line = line.strip("│╰╯╭╮─|+- ")  # ASCII where the terminal has nothing else
+        line = line.strip("│╰╯╭╮─|+- ")  # - and + on ASCII terminals
         if line.startswith(("Argument helptext", "For full helptext")):
             break
         lines.append(line)

@@ -1,4 +1,4 @@
-"""How a command ends: exceptions that carry the exit code, the last line on stderr, and the signals that stop a run.
+"""How commands end: exceptions with exit codes, the last line on stderr, and signals that stop a run.
 
 0 done · 1 failed · 2 refused · 3 diverged · 75 stopped by a signal, run it again · 130 stopped by Ctrl-C
 """
@@ -8,10 +8,10 @@ import os
 import signal
 import sys
 
-LINE = 200  # characters of a refusal at most
+LINE = 200  # maximum characters of a refusal
 DIVERGED, REFUSED = 3, 2  # exit codes
 
-# from a cluster (TERM, or USR1 ahead of the time limit), a terminal that hangs up (HUP), a person (INT);
+# sent by a cluster (TERM, or USR1 ahead of the time limit), a terminal that hangs up (HUP) or Ctrl-C (INT);
 # 75 is EX_TEMPFAIL of sysexits.h
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75, signal.SIGINT: 130}
 NOT_FOR_CHILDREN = {*EXIT_CODES, signal.SIGUSR2}
@@ -20,13 +20,13 @@ _received = []
 
 
 class Ending(Exception):
-    """The command ends with this line and exit code.
+    """Ends the command with a line on stderr and an exit code.
 
     Args:
         line: one line for the user.
-        code: exit code, that of the class if None.
+        code: exit code; None: the class's.
 
-    `state` is what run.json says of a run that has begun.
+    A run that has started records `state` in run.json.
     """
 
     code, state = 1, "stopped"
@@ -38,13 +38,13 @@ class Ending(Exception):
 
 
 class Refused(Ending):
-    """Bad input: the line names the flag or file, its value, and what would be right."""
+    """Invalid input: the line names the flag or file, its value, and what would be right."""
 
     code = REFUSED
 
 
 class Stopped(Ending):
-    """The run stops between two decisions, where a checkpoint can be saved; the line is the reason, such as TERM."""
+    """The run stops between two decisions, where it can save a checkpoint; the line is the reason, such as SIGTERM."""
 
 
 class Diverged(Ending):
@@ -54,15 +54,15 @@ class Diverged(Ending):
 
 
 class RunEnded(Ending):
-    """The run has ended, just now or in an earlier process; the line names its folder."""
+    """The run ended, in this process or an earlier one; the line names its folder."""
 
 
-# what a command's main expects: other exceptions are bugs and keep their traceback
+# exceptions that a command's main handles; all others are bugs and keep their traceback
 EXPECTED = (Ending, OSError, KeyboardInterrupt)
 
 
 def end(error):
-    """End the process with the line and the exit code of one of the `EXPECTED` exceptions."""
+    """Exit with the line and the exit code of one of the `EXPECTED` exceptions."""
     command, line = os.path.basename(sys.argv[0]), " ".join(str(error).split())
     code = getattr(error, "code", 1)
     if isinstance(error, KeyboardInterrupt):
@@ -74,15 +74,15 @@ def end(error):
         line = f"{command}: stopped by {line} before it began"
     elif not isinstance(error, RunEnded):
         line = f"{command}: {line}"
-    with contextlib.suppress(OSError):  # nobody may be listening
+    with contextlib.suppress(OSError):  # stderr may be closed
         print(line, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def listen():
-    """From now on, record signals instead of dying of them; a second Ctrl-C ends the process at once.
+    """From now on, record signals instead of dying from them; a second Ctrl-C ends the process at once.
 
-    A signal that the process was started to ignore, as HUP by nohup or INT by a shell's `&`, stays ignored.
+    Signals that the parent set to be ignored, as nohup does with HUP and a shell's `&` with INT, stay ignored.
     """
     for number in EXIT_CODES:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -91,7 +91,7 @@ def listen():
 
 def _receive(number, frame):
     if number == signal.SIGINT and signal.SIGINT in _received:
-        os._exit(EXIT_CODES[number])  # the files on disk are complete at any moment
+        os._exit(EXIT_CODES[number])  # safe: files on disk are complete at any time
     _received.append(number)
 
 
@@ -103,9 +103,9 @@ def check_signals():
 
 @contextlib.contextmanager
 def signals_kept_from_children():
-    """Child processes started here never see these signals, which a cluster or Ctrl-C sends to the whole process tree.
+    """Shield child processes started here from signals that a cluster or Ctrl-C sends to the whole process tree.
 
-    They inherit the mask; a signal that arrives meanwhile reaches this process afterwards.
+    Children inherit the signal mask; a signal that arrives meanwhile reaches this process afterwards.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_CHILDREN)
     try:

@@ -1,29 +1,29 @@
-"""Evaluation episodes with the deterministic policy, in several environments beside each other."""
+"""Evaluation episodes with the deterministic policy, in several environments in parallel."""
 
 import numpy as np
 
-VIDEO_SIZE = 256  # pixels, a multiple of 16 as H.264 wants
+VIDEO_SIZE = 256  # pixels, a multiple of 16 as H.264 requires
 
 
 def eval_seed(config):
-    """Seed of the evaluation environment, drawn from the run's: runs of two seeds meet different initial states."""
+    """Evaluation seed, derived from the run's seed: runs with different seeds see different initial states."""
     return int(np.random.SeedSequence([config.seed, 1]).generate_state(1)[0])
 
 
 def evaluate(envs, agent, num_episodes, seed, record_video, message, check=lambda: None):
-    """Returns of `num_episodes` episodes with the mean action, a list of floats, and frames of the first.
+    """Run `num_episodes` episodes with the mean action; return their returns (floats) and the first one's frames.
 
-    Episode i starts from `seed` + i, so that every evaluation of a run meets the same initial states, a saved model
-    gives its logged returns again, and neither depends on the number of `envs`, which step beside each other.
-    The frames are a list of (VIDEO_SIZE, VIDEO_SIZE, 3) uint8, empty without `record_video`. `message` takes a line for
-    the user; `check` is called at each decision and may raise.
+    Episode i uses `seed` + i, so every evaluation of a run starts from the same initial states and a saved model
+    reproduces its logged returns, whatever the number of `envs`, which step in parallel.
+    The frames are a list of (VIDEO_SIZE, VIDEO_SIZE, 3) uint8, empty without `record_video`. `message` prints a line
+    for the user; `check` is called at each decision and may raise.
     """
     returns = [0.0] * num_episodes
     frames = []
     waiting = iter(range(num_episodes))
 
     def begin(env):
-        """Start the next episode in `env`; [(env, episode)], or nothing if there is none left."""
+        """Start the next episode in `env`: [(env, episode)], or [] if none is left."""
         for episode in waiting:
             env.start(agent.act(env.reset(seed=(seed + episode) % 2**32), sample=False))
             return [(env, episode)]

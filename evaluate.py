@@ -1,4 +1,4 @@
-"""Run episodes with the deterministic policy: in training, and as a command on a run that has saved its networks.
+"""Evaluate the deterministic policy of a run that has saved its networks.
 
 python evaluate.py --run runs/cartpole-swingup/cody_sac-20260101-120000-s1
 python evaluate.py --run ... --step 10000 --num_eval_episodes 50 --video episode.mp4
@@ -26,22 +26,22 @@ from video import save_video
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Evaluate a run that is finished or was trained with --save_model."""
+    """Evaluate a finished run, or one trained with --save_model."""
 
     run: str
-    """Folder of the run."""
+    """The run's folder."""
     step: int | None = None
-    """Step of the saved model. None: the last."""
+    """Step of the saved model. None: the last one."""
     num_eval_episodes: int = 10
-    """Episodes."""
+    """Number of episodes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the networks run; auto is cuda when there is one."""
+    """Device of the networks; auto is cuda if available."""
     video: str | None = None
-    """Write an mp4 of the first episode to this path, which must not exist."""
+    """Path for an mp4 of the first episode; must not exist yet."""
 
 
 def run():
-    """Print one JSON line with the mean, the standard deviation and all returns."""
+    """Evaluate and print one JSON line with the mean, the standard deviation and all returns."""
     limit_threads()
     args = parse_flags(Args)
     if args.num_eval_episodes < 1:
@@ -49,7 +49,7 @@ def run():
     if args.video:
         check_video_path(args.video)
         rendering.select_gl_backend()
-    config = dataclasses.replace(load_config(args.run), compile=False)  # takes longer than the episodes
+    config = dataclasses.replace(load_config(args.run), compile=False)  # compiling takes longer than the episodes
     device = choose_device(args.device)
     envs = open_eval_envs(config, args.num_eval_episodes)
     agent = make_agent(config, envs[0].observation_space.shape, envs[0].action_space.shape[0], device)
@@ -63,7 +63,7 @@ def run():
     except (FloatingPointError, Ending) as error:
         raise RunEnded(f"{args.run}: stopped: {error}", 1) from None
     row = {"step": step, "env_step": step * config.action_repeat, **summary(returns), "returns": returns}
-    print(json.dumps(row), flush=True)  # before the video, for which the disk may be too full
+    print(json.dumps(row), flush=True)  # before the video, which a full disk may refuse
     if frames:
         try:
             save_video(args.video, frames, envs[0].metadata["render_fps"])
@@ -72,7 +72,7 @@ def run():
 
 
 def main():
-    """The command; endings.py lists the exit codes."""
+    """Run the command; endings.py lists the exit codes."""
     try:
         run()
     except EXPECTED as error:

@@ -1,4 +1,4 @@
-"""What this machine lets a process have: memory, cores, devices. Each function imports torch itself, if it needs it."""
+"""Memory, cores and devices available to this process. Functions that need torch import it themselves."""
 
 import ctypes
 import importlib.util
@@ -15,29 +15,29 @@ from endings import Refused
 
 
 def keep_freed_memory():
-    """Ask glibc not to return large freed blocks to the system; does nothing elsewhere.
+    """Ask glibc not to return large freed blocks to the system; no-op without glibc.
 
-    By default each large tensor is a fresh mapping whose pages fault one by one, which on CPU costs more than the
-    arithmetic on them.
+    By default glibc maps each large tensor afresh and its pages fault one by one, which on CPU costs more than the
+    arithmetic on the tensor.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
     m_trim_threshold, m_mmap_threshold = -1, -3
-    if mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 1 << 25):  # older ones take 32 MB at most
+    if mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 1 << 25):  # older versions accept 32 MB at most
         mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def control_groups(controller, root="/"):
-    """Folders of the control groups that limit this process, its own first, then all above it.
+    """Folders of the control groups that limit this process, innermost first.
 
     Args:
         controller: "memory" or "cpu".
-        root: where /proc and /sys are.
+        root: parent of /proc and /sys.
 
-    A process may be told its group's path as seen from outside a namespace (in a container, a Slurm step): then some
-    of these folders are not there, and those that are still limit it.
+    In a container or a Slurm step, /proc may give the group's path as seen from outside the namespace. Some of the
+    folders then do not exist; those that do still limit the process.
     """
     root = pathlib.Path(root)
     try:
@@ -61,7 +61,7 @@ def control_groups(controller, root="/"):
 
 
 def _numbers(path):
-    """The words of a control group's file, numbers as int; None if there is no such file."""
+    """Whitespace-separated fields of a control group's file, numbers as int; None without the file."""
     try:
         return [int(word) if word.lstrip("-").isdigit() else word for word in path.read_text().split()]
     except OSError:
@@ -69,7 +69,7 @@ def _numbers(path):
 
 
 def available_memory(root="/"):
-    """Bytes that this process can still take: the system's, or its control groups' if less."""
+    """Bytes that this process can still allocate: the system's, or its control groups' if less."""
     available = psutil.virtual_memory().available
     for group in control_groups("memory", root):
         for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
@@ -78,14 +78,14 @@ def available_memory(root="/"):
                 continue
             statistic = _numbers(group / "memory.stat") or []
             named = dict(zip(statistic[::2], statistic[1::2], strict=False))
-            # file cache is given back
+            # the kernel reclaims file cache
             cache = named.get("total_inactive_file", named.get("inactive_file", 0))
             available = min(available, max(0, limit[0] - usage[0] + cache))
     return available
 
 
 def available_cores(root="/"):
-    """Cores that this process may keep busy: those it may run on, at most its control groups' quota, rounded up."""
+    """Number of cores in this process's affinity mask, at most its control groups' quota, rounded up."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in control_groups("cpu", root):
         quota, period = _numbers(group / "cpu.max") or ("max", 0)
@@ -98,16 +98,16 @@ def available_cores(root="/"):
 
 
 def limit_threads():
-    """Let torch use at most `available_cores` threads; fewer, where OMP_NUM_THREADS says so."""
+    """Let torch use at most `available_cores` threads, or fewer if OMP_NUM_THREADS says so."""
     import torch
 
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
 
 
 def bf16_time_ratio(batch=8, repeats=3):
-    """Time of one of the default encoder's convolutions, forward and backward, in bfloat16 over float32, on CPU.
+    """Ratio of bfloat16 to float32 time for one of the default encoder's convolutions, forward and backward, on CPU.
 
-    Below 1 on processors with fast bfloat16, up to 80 on those without; draws no random numbers.
+    Below 1 on processors with fast bfloat16, up to 80 on others; draws no random numbers.
     """
     import torch
 
@@ -120,12 +120,12 @@ def bf16_time_ratio(batch=8, repeats=3):
             start = time.perf_counter()
             torch.conv2d(x, weight).sum().backward()
             taken.append(time.perf_counter() - start)
-        times[dtype] = statistics.median(taken[1:])  # the first prepares
+        times[dtype] = statistics.median(taken[1:])  # the first is a warm-up
     return times[torch.bfloat16] / times[torch.float32]
 
 
 def choose_device(name):
-    """The torch device that `--device` names."""
+    """The torch device for `--device`; raises `Refused` for cuda without CUDA."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
@@ -134,12 +134,12 @@ def choose_device(name):
 
 
 def check_machine(config, device):
-    """Raise `Refused` if this machine lacks what a flag needs."""
+    """Raise `Refused` if a flag needs a device, compiler or package that this machine lacks."""
     if config.replay_device == "cuda" and device.type != "cuda":
         raise Refused(f"--replay_device cuda: the networks run on {device}; use auto or cpu")
     variable, compiler = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
     if config.compile and not shutil.which(os.environ.get(variable, compiler)):
         raise Refused(f"--compile: needs a compiler and finds none; install {compiler}")
-    # a folder of that name, as the package leaves behind, has no origin
+    # a folder named wandb, as its runs leave behind, has no origin
     if config.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):
         raise Refused(f"--wandb {config.wandb}: the package is not installed; pip install wandb")

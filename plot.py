@@ -1,11 +1,11 @@
-"""Learning curves, a table beside published numbers, or diagnostics, from folders of runs and files of public curves.
+"""Plot learning curves, a table with published numbers, or diagnostics, from run folders and public curves.
 
 python plot.py runs/omega --hue omega_cody_loss
 python plot.py runs/dmc6 --table 100000 500000
 python plot.py runs/omega dmc_planet_bench.csv --out figures/omega
 python plot.py runs/omega --diagnostics
 
-What the files hold and how intervals and differences are computed: docs/plotting.md.
+docs/plotting.md describes the files and how intervals and differences are computed.
 """
 
 import dataclasses
@@ -35,30 +35,30 @@ from storage.run_folder import check_writable, write_whole
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Plot learning curves, or write a table or diagnostics instead."""
+    """Plot learning curves or diagnostics, or write a table."""
 
     paths: tyro.conf.Positional[tuple[str, ...]]
-    """Folders of runs (any depth), public curves (drq's .csv, dreamerv3's .json.gz) or curves.csv of this command."""
+    """Folders of runs (at any depth), public curves (drq's .csv, dreamerv3's .json.gz) or this command's curves.csv."""
     hue: str | None = None
-    """What a curve is: a flag's name, several with commas between, agent, or variant, the folder above
-    <task>/s<seed>. None: variant where all runs lie so, else the flags that differ, else agent."""
+    """Grouping of runs into curves: comma-separated flag names, agent, or variant (the folder above
+    <task>/s<seed>). None: variant if every run has such a folder, else the flags that differ, else agent."""
     statistic: Literal["mean", "iqm"] = "mean"
-    """Of the thick line, over seeds: mean, as published numbers are, or interquartile mean."""
+    """Statistic over seeds of the thick line: mean, as in published numbers, or interquartile mean."""
     table: tuple[int, ...] | None = None
-    """Table at these environment steps, behind the folders; none named: at the last that all runs have reached."""
+    """Write a table at these environment steps, given after the folders; if none, at the last that all runs reached."""
     diagnostics: bool = False
-    """MI bound, KL, latent rank and gradient ratio against the training return, each seed."""
+    """Plot MI bound, KL, latent rank and gradient ratio against the training return, per seed."""
     out: str | None = None
-    """Path of the files without their endings. None: curves, table or diagnostics in the first folder."""
+    """Path of the output files without extension. None: curves, table or diagnostics in the first folder."""
 
 
 def as_csv(frame):
-    """Bytes of a frame; floats are read back as they were."""
+    """A frame as CSV bytes; floats survive the round trip exactly."""
     return frame.to_csv(index=False, lineterminator="\n").encode()
 
 
 def check_replaceable(path, inputs):
-    """Raise `Refused` if `path` is there and is an input, or nothing that this command has written."""
+    """Raise `Refused` if `path` exists and is an input or was not written by this command."""
     if not path.exists():
         return
     if path.resolve() in [pathlib.Path(p).resolve() for p in inputs]:
@@ -71,7 +71,7 @@ def check_replaceable(path, inputs):
 
 
 def parse_command(argv):
-    """Command line -> Args; `Refused` for what cannot work."""
+    """Command line -> Args; raises `Refused` for invalid ones."""
     if "--table" in argv:
         for word in argv[argv.index("--table") + 1 :]:
             if word.startswith("--"):
@@ -93,7 +93,7 @@ def parse_command(argv):
 
 
 def run():
-    """Read, compute, and only then write; stdout says what the figure cannot, and where it is."""
+    """Read, compute, and only then write; print warnings and the files' paths."""
     args = parse_command(sys.argv[1:])
     kind = "diagnostics" if args.diagnostics else "curves" if args.table is None else "table"
     first = pathlib.Path(args.paths[0])
@@ -129,7 +129,7 @@ def run():
 
 
 def main():
-    """The command; endings.py lists the exit codes."""
+    """Run the command; endings.py lists the exit codes."""
     try:
         matplotlib.use("Agg")
         run()

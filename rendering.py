@@ -1,4 +1,4 @@
-"""Which OpenGL draws the frames: chosen before dm_control is imported, which reads `MUJOCO_GL` once."""
+"""Selection of the OpenGL backend, before importing dm_control, which reads `MUJOCO_GL` only once."""
 
 import contextlib
 import functools
@@ -14,24 +14,24 @@ DRAWING_OFF = ("off", "disable", "disabled", "false", "0")  # dm_control's names
 
 
 def select_gl_backend(required=True):
-    """Choose how frames are rendered, set `MUJOCO_GL` to it and return its name; before dm_control is imported.
+    """Choose a rendering backend, set `MUJOCO_GL` to it and return its name; call before importing dm_control.
 
-    The user's `MUJOCO_GL` is respected. Otherwise the first of egl, osmesa (Linux) or glfw (elsewhere) that can
-    draw, found out in a process of its own: a backend that fails half-way leaves PyOpenGL bound to it.
+    If `MUJOCO_GL` is unset, EGL is tried first, then OSMesa (on Linux), or GLFW (elsewhere). Each try is a process
+    of its own, since a backend that fails half-way leaves PyOpenGL bound to it.
 
     Args:
-        required: whether anything will be drawn; if not, drawing is off where no backend can.
+        required: whether anything will be rendered; if not, rendering is off when no backend works.
 
     Raises:
-        Refused: no backend can draw.
+        Refused: rendering is required and no backend works.
     """
-    if "dm_control" in sys.modules:  # the choice is made
+    if "dm_control" in sys.modules:  # too late to choose
         from dm_control import _render
 
         return _render.BACKEND
-    # Mesa's software renderer and triton each bring an LLVM of their own. A process that has loaded Mesa's first dies
-    # with a segmentation fault when triton comes, which torch imports sooner or later; the other order works. Mesa's
-    # is loaded where dm_control is imported.
+    # Mesa's software renderer and triton each bring an LLVM of their own. A process that loads Mesa's first (as it
+    # imports dm_control) dies with a segmentation fault when torch, sooner or later, imports triton; the other order
+    # works.
     with contextlib.suppress(ImportError):
         importlib.import_module("triton")
     asked = os.environ.get("MUJOCO_GL", "").lower()
@@ -45,7 +45,7 @@ def select_gl_backend(required=True):
 
 
 def _why_nothing_draws(asked, candidates):
-    """One line for the user."""
+    """The message of the refusal, one line."""
     if asked in DRAWING_OFF:
         return f"MUJOCO_GL={asked}: switches drawing off; unset it, or use one of {', '.join(DEBIAN_PACKAGES)}"
     packages = " or ".join(f"{DEBIAN_PACKAGES[b]} ({b})" for b in candidates if b in DEBIAN_PACKAGES)
@@ -61,15 +61,14 @@ def _why_nothing_draws(asked, candidates):
 
 
 def egl_devices():
-    """Number of devices that EGL finds here, NVIDIA's GPUs before Mesa's; 0 without EGL."""
+    """Number of EGL devices, NVIDIA's GPUs before Mesa's; 0 without EGL."""
     count = "from dm_control._render.pyopengl import egl_ext; print(len(egl_ext.eglQueryDevicesEXT()))"
-    return int(_probe(count, "egl", without="MUJOCO_EGL_DEVICE_ID") or 0)  # which would stop the import
+    return int(_probe(count, "egl", without="MUJOCO_EGL_DEVICE_ID") or 0)  # an invalid one fails the import
 
 
 @functools.cache  # a second or more each time
 def renderer(backend):
-    """What draws with this backend by its own name (GL_RENDERER), such as "llvmpipe (LLVM 15.0.6, 256 bits)"; None if
-    it cannot draw."""
+    """The backend's GL_RENDERER string, such as "llvmpipe (LLVM 15.0.6, 256 bits)"; None if it cannot render."""
     draw = (
         "from dm_control import mujoco; from OpenGL import GL\n"
         "physics = mujoco.Physics.from_xml_string('<mujoco/>'); physics.render(16, 16)\n"
@@ -80,9 +79,9 @@ def renderer(backend):
 
 
 def _probe(script, backend, without=None):
-    """Last line that a script prints in a process of its own with this backend; None if it fails."""
+    """Last line printed by a script that runs in its own process with this backend; None if it fails."""
     environment = {**os.environ, "MUJOCO_GL": backend}
-    # PyOpenGL's own variable must agree with MUJOCO_GL, and each backend sets it when it is free to
+    # PyOpenGL's own variable must agree with MUJOCO_GL; each backend sets it if it is unset
     environment.pop("PYOPENGL_PLATFORM", None)
     environment.pop(without, None)
     with signals_kept_from_children():

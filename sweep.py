@@ -3,11 +3,11 @@
     python sweep.py --name omega --jobs 2 -- --omega_cody_loss 0.1,0.01,0.001 --seed 0,1,2
     python sweep.py --name ablation --variants experiments/ablation.txt -- --task cartpole-swingup,walker-walk
     python sweep.py --name omega --slurm '--time=8:00:00 --gres=gpu:1' -- --omega_cody_loss 0.1,0.01,0.001 --seed 0,1,2
-    python sweep.py --status runs/omega                          # how the runs stand
-    python sweep.py --resume runs/omega --jobs 2                 # go on with what is not over, as the same command does
+    python sweep.py --status runs/omega                # the status of every run
+    python sweep.py --resume runs/omega --jobs 2       # resume the unfinished runs, as repeating the command does
 
-What stands behind the -- are flags of train.py; commas make the grid. A run lies in
-<work_dir>/<name>/<what differs>/<task>/s<seed>/, and <work_dir>/<name>/sweep.json names them all.
+Arguments after the -- are flags of train.py; commas make the grid. Each run's folder is
+<work_dir>/<name>/<flags that differ>/<task>/s<seed>/, and <work_dir>/<name>/sweep.json lists all runs.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from experiments.status import lost_console, make_console, plural, run_status, s
 from storage.run_folder import find_runs, load_sweep
 
 SLURM = ("slurm", "slurm_script", "runs_per_job")
-MODES = {  # what the command does, and which flags go with it
+MODES = {  # the flag that selects the mode, and the flags it accepts
     "name": ("work_dir", "variant", "variants", "only", "jobs", "dry_run", *SLURM),
     "resume": ("array", "element", "jobs", "dry_run", *SLURM),
     "status": (),
@@ -38,36 +38,36 @@ SCRIPT = str(HERE / "experiments" / "slurm.sh")
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """A grid of runs of train.py, whose flags stand behind a --; commas in a value make the grid."""
+    """Run a grid of train.py runs; its flags follow a --, and commas in a value make the grid."""
 
     name: str | None = None
-    """Name of the sweep, a folder in work_dir."""
+    """Name of the sweep and of its folder in work_dir."""
     work_dir: str = "runs"
-    """Folder of all sweeps."""
+    """Folder for all sweeps."""
     variant: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A row that is no grid: 'name: flags'. May be given several times; its flags win over those behind the --."""
+    """A named variant, 'name: flags'; may be repeated. Its flags override those after the --."""
     variants: str | None = None
-    """A file of such rows, one in each line."""
+    """File of variants, one per line."""
     only: str | None = None
-    """Names of the variants to run, with commas. None: all."""
+    """Comma-separated names of the variants to run. None: all."""
     jobs: int | None = None
-    """Runs at once. None: one on this machine, no limit on a cluster."""
+    """Number of concurrent runs. None: one on this machine, no limit on a cluster."""
     slurm: str | None = None
-    """Submit a job array with these options of sbatch, such as '--time=8:00:00 --gres=gpu:1'."""
+    """Submit a Slurm job array with these sbatch options, such as '--time=8:00:00 --gres=gpu:1'."""
     slurm_script: str = SCRIPT
-    """Its batch script, with places that are filled in."""
+    """Template of the batch script."""
     runs_per_job: int = 1
-    """Runs in one element of the array, one after the other."""
+    """Runs per array element, one after the other."""
     dry_run: bool = False
-    """Print the commands, with --slurm the batch script before them, and create nothing."""
+    """Print the commands and, with --slurm, the batch script; create nothing."""
     status: str | None = None
-    """Print how the runs in this folder stand."""
+    """Folder whose runs' status to print."""
     resume: str | None = None
-    """Go on with the sweep in this folder."""
+    """Folder of the sweep to resume."""
     array: int | None = None
-    """For the batch script: with --resume, only runs of this job array; the first that the sweep has submitted is 0."""
+    """For the batch script: with --resume, index of the job array to run; the sweep's first submission is 0."""
     element: int | None = None
-    """For the batch script: of that array's runs, only those of this element."""
+    """For the batch script: index of the element within that array."""
 
 
 def parse_command(argv):
@@ -103,7 +103,7 @@ def parse_command(argv):
 
 
 def main():
-    """The command: `run`; endings.py lists the exit codes, 1 is that some runs have failed."""
+    """Run the command; endings.py lists the exit codes, and 1 means that some runs failed."""
     try:
         run(*parse_command(sys.argv[1:]))
     except EXPECTED as error:
@@ -111,7 +111,7 @@ def main():
 
 
 def run(args, flags):
-    """Do what the command asks for: a status, a submission, the commands alone, or the runs."""
+    """Print the status, submit to Slurm, print the commands, or do the runs."""
     if args.status is not None:
         print_status(pathlib.Path(args.status))
         return
@@ -119,7 +119,7 @@ def run(args, flags):
     if args.resume is None and not (folder / "sweep.json").exists() and any(folder.rglob("args.json")):
         raise Refused(f"--name {args.name}: {folder} holds runs that are of no sweep; choose another")
     runs = plan(args, flags, folder) if args.resume is None else resumed(folder, args)
-    merge(folder, runs)  # contradictions are found before anything is made
+    merge(folder, runs)  # refuse contradictions before creating anything
     if args.slurm is not None:
         submit(folder, runs, args)
         return
@@ -137,7 +137,7 @@ def run(args, flags):
 
 
 def print_status(folder):
-    """How all runs in a folder stand."""
+    """Print the status of all runs in a folder."""
     runs = find_runs(folder)
     if not runs:
         raise Refused(f"--status {folder}: holds no runs")
@@ -152,7 +152,7 @@ def print_status(folder):
 
 
 def resumed(folder, args):
-    """The runs of a sweep, or of one element of a job array of it."""
+    """The runs of a sweep, or of one element of one of its job arrays."""
     runs, jobs = load_runs(folder), load_sweep(folder)["jobs"]
     if not runs:
         raise Refused(f"--resume {folder}: not the folder of a sweep")

@@ -1,12 +1,12 @@
 """Train SAC from pixels on a DeepMind Control task, its encoder shared with the CoDy auxiliary task.
 
-    python train.py                                              # cartpole swingup, settings of the task table
+    python train.py                                              # cartpole swingup, settings from the task table
     python train.py --domain_name walker --task_name walk        # another task; its action repeat is looked up
     python train.py --omega_cody_loss 0.01 --seed 3 --save_tb    # weight of the KL term, seed, TensorBoard
-    python train.py --run_dir runs/a                             # begin there, or go on with what was begun there
+    python train.py --run_dir runs/a                             # start a run in this folder, or resume it
 
 `python train.py --help` lists every flag. A run writes <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/:
-args.json, run.json, train.log, eval.log, checkpoint/ and, as asked for, tb/, video/, model/.
+args.json, run.json, train.log, eval.log, checkpoint/ and, if the flags ask for them, tb/, video/, model/.
 """
 
 import endings
@@ -36,7 +36,7 @@ from video import save_video
 
 @dataclasses.dataclass
 class Progress:
-    """Where the loop is between two decisions."""
+    """Counters of the training loop, between two decisions."""
 
     step: int = 0
     episode: int = 0
@@ -52,7 +52,7 @@ class Progress:
 
 @dataclasses.dataclass
 class Run:
-    """One training run: its parts, and what they do together."""
+    """One training run: the loop and the parts it works on."""
 
     config: object
     folder: RunFolder
@@ -65,7 +65,7 @@ class Run:
     checkpoints: Checkpoints
 
     def train(self):
-        """The training loop: config.num_train_steps decisions, one update each from init_steps on."""
+        """Take config.num_train_steps decisions, each with updates_per_step updates from init_steps on."""
         config, env, replay, agent = self.config, self.env, self.replay, self.agent
         logger, progress = self.logger, self.progress
         obs = env.obs
@@ -75,7 +75,7 @@ class Run:
             if step % config.eval_freq == 0:
                 self.evaluate()
 
-            # stop the run where it can be saved, or just save it
+            # stop here, where a checkpoint can be saved, or save one if due
             check_signals()
             replay.check_memory()
             self.checkpoints.save_if_due()
@@ -86,10 +86,10 @@ class Run:
             else:
                 action = agent.act(obs, sample=True)
 
-            # begin the env step
+            # start the env step
             env.start(action)
 
-            # gradient updates beside it; they never see the transition being made
+            # gradient updates meanwhile; they never see this step's transition
             if step >= config.init_steps:
                 reading = step % config.log_interval == 0
                 for index in range(step * config.updates_per_step, (step + 1) * config.updates_per_step):
@@ -100,9 +100,9 @@ class Run:
                 if step % config.eval_freq == 0:
                     logger.media(step, agent.images(batch), agent.named_parameters())
 
-            # end the env step
+            # finish the env step
             obs, reward, terminated, truncated = env.finish()
-            if obs is None:  # the physics has diverged: the episode ends without this transition
+            if obs is None:  # the physics diverged: the episode ends without this transition
                 logger.physics_error(step + 1, progress.episode)
             else:
                 replay.add(action, reward, obs, terminated)
@@ -123,7 +123,7 @@ class Run:
         self.evaluate()
 
     def evaluate(self):
-        """Evaluate the policy, unless the run was interrupted just after that, and save what the flags ask for."""
+        """Evaluate the policy and save what the flags ask for; no-op if the checkpoint already has this evaluation."""
         config, step = self.config, self.progress.step
         if self.progress.evaluated == step:
             return
@@ -150,7 +150,7 @@ class Run:
         self.checkpoints.save_if_due(evaluated=True)
 
     def finish(self):
-        """Keep the networks of a finished run, and the rest only if --keep_checkpoint asks for it."""
+        """Save the networks of the finished run; delete its checkpoint unless --keep_checkpoint."""
         self.logger.flush()
         save_model(self.agent, self.folder.path / "model", self.progress.step)
         if self.config.keep_checkpoint:
@@ -160,10 +160,10 @@ class Run:
             self.checkpoints.free()
 
     def complete(self):
-        """Train and finish, or record in run.json why not.
+        """Train and finish, or record in run.json why the run stopped.
 
         Raises:
-            RunEnded: the run has stopped or diverged; the line names its folder and the reason.
+            RunEnded: the run stopped or diverged; the message names its folder and the reason.
         """
         try:
             try:
@@ -176,7 +176,7 @@ class Run:
             ending = Ending(f"{stop}; --run_dir {self.folder} resumes at step {self.progress.step}", stop.code)
         except FloatingPointError as error:
             ending = self.logger.explain(error)
-        except torch.OutOfMemoryError as error:  # of CUDA; its message is a paragraph
+        except torch.OutOfMemoryError as error:  # raised by CUDA, with a paragraph as message
             less = "--replay_device cpu, fewer runs at once or a smaller --batch_size take less"
             ending = Ending(f"{str(error).split('. ')[0]}; {less}")
         except (Ending, OSError, MemoryError) as error:  # a dead worker, a full disk
@@ -187,20 +187,20 @@ class Run:
 
 
 def build(config, device):
-    """Environment to train in, those to evaluate in, replay and agent: everything random seeded by `config.seed`."""
+    """Training environment, evaluation environments, replay and agent, all seeded with `config.seed`."""
     seed_everything(config.seed)
     if config.save_video:
-        rendering.select_gl_backend()  # a run on states draws nothing else
+        rendering.select_gl_backend()  # the environments of a run on states do not render
     env, eval_envs = open_env(config, config.seed), open_eval_envs(config, config.num_eval_episodes)
     env.action_space.seed(config.seed)
-    check_signals()  # the environments have taken seconds, and so do the networks
+    check_signals()  # environments and networks take seconds each
     action_dim = env.action_space.shape[0]
     replay = ReplayBuffer(config, env.observation_space, action_dim, device)
     return env, eval_envs, replay, make_agent(config, env.observation_space.shape, action_dim, device)
 
 
 def prepare():
-    """Check the flags, build a `Run` and restore its checkpoint. Bad input creates nothing."""
+    """Check the flags, build a `Run` and restore its checkpoint. Bad input leaves no files behind."""
     check_signals()
     config, resumes = parse_run()
     device = choose_device(config.device)
@@ -231,13 +231,13 @@ def prepare():
 
 
 def main():
-    """The command; endings.py lists the exit codes."""
+    """Run the command; endings.py lists the exit codes."""
     prepare_console()
     keep_freed_memory()
     limit_threads()
     try:
         run = prepare()
-        with contextlib.closing(run.logger):  # last, since an upload may take a while
+        with contextlib.closing(run.logger):  # closed last: an upload may take a while
             run.complete()
     except EXPECTED as error:
         end(error)
