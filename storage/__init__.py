@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how it comes back; a first reading can skip this folder."""
+"""The files of a run and how to read them back; skip this folder on a first reading."""

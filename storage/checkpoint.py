@@ -1,12 +1,12 @@
-"""A run to disk and back: networks for evaluate.py, and checkpoints from which train.py goes on.
+"""Saved models, which evaluate.py loads, and checkpoints, from which train.py resumes.
 
     model/<step>.pt                   the networks
-    checkpoint/<number>.json          names the files of a checkpoint with their lengths and SHA-256 sums
+    checkpoint/<number>.json          the manifest: a checkpoint's files with their lengths and SHA-256 sums
     checkpoint/<number>.pt            {part: its state_dict()}
-    checkpoint/<position>.replay      the replay, see journal.py; only appended to, shared by the checkpoints
+    checkpoint/<position>.replay      the replay (see journal.py): append-only, shared by the checkpoints
 
-A checkpoint is whole when its .json is there, the last file to be written; the one before is kept until then. What has
-a state gives it as `state_dict()` and takes it back with `load_state_dict()`; this file does not look inside.
+A checkpoint is complete once its .json, written last, exists; the last two are kept. Every part implements
+`state_dict()` and `load_state_dict()`; this file does not look inside.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ import torch
 from endings import Refused
 from storage.run_folder import CHECKPOINT, write_json, write_whole
 
-CHECKPOINT_INTERVAL_RATIO = 50  # after an evaluation, time since the last checkpoint over the time that it took
+CHECKPOINT_INTERVAL_RATIO = 50  # after an evaluation: least time since the last checkpoint over that one's duration
 
 
 def save_model(agent, folder, step):
-    """Write all networks of `agent` to <folder>/<step>.pt; the file appears complete or not at all.
+    """Write all networks of `agent` to <folder>/<step>.pt atomically.
 
     Raises:
-        OSError: it cannot be written, as on a full disk.
+        OSError: writing fails, as on a full disk.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(exist_ok=True)
@@ -42,10 +42,10 @@ def _save(state, path):
 
 
 def load_model(agent, folder, step=None):
-    """Restore what `save_model` wrote at `step`, the last one if None; returns the step.
+    """Load the model saved at `step` (None: the latest) into `agent`; returns its step.
 
     Raises:
-        Refused: there is no such file, or it is no model of such an agent.
+        Refused: there is no such file, or it does not fit this agent.
     """
     saved = sorted(int(path.stem) for path in pathlib.Path(folder).glob("*.pt") if path.stem.isdigit())
     if not saved:
@@ -56,23 +56,23 @@ def load_model(agent, folder, step=None):
     if step not in saved:
         raise Refused(f"--step {step}: not in {folder}, which has {', '.join(map(str, saved))}")
     path = pathlib.Path(folder) / f"{step}.pt"
-    try:  # weights_only: a file from elsewhere runs no code
+    try:  # weights_only: a file from elsewhere cannot execute code
         agent.load_state_dict(torch.load(path, map_location=agent.device, weights_only=True))
-    except Exception as error:  # a foreign file can fail anywhere in there
+    except Exception as error:  # a foreign file can raise anything here
         reason = (str(error).splitlines() or [""])[0][:80]
         raise Refused(f"{path}: no model of this run ({type(error).__name__}: {reason})") from None
     return step
 
 
 class Checkpoints:
-    """Those of one run.
+    """The checkpoints of one run.
 
     Args:
-        folder: of the run.
-        parts: {name: what has a state}; `replay` is one of them and writes its files by itself.
-        minutes: between checkpoints.
-        made_with: dict of what bit equality depends on: versions, threads, processor.
-        message: takes a line for the user.
+        folder: the run's folder.
+        parts: {name: object with a state_dict}; one is `replay`, which also writes its own files.
+        minutes: the interval between checkpoints.
+        made_with: dict of everything that bit-exact results depend on: versions, threads, processor.
+        message: function that prints a line for the user.
     """
 
     def __init__(self, folder, parts, minutes, made_with, message):
@@ -80,7 +80,7 @@ class Checkpoints:
         self._folder.mkdir(exist_ok=True)
         self._parts, self._made_with, self._message = parts, made_with, message
         self._seconds = 60 * minutes
-        self._kept = {}  # number -> names of its files, of the last checkpoint and the one before
+        self._kept = {}  # number -> file names, for the last two checkpoints
         self._number = max(self._numbers(), default=0)
         self._time, self._duration = time.monotonic(), 0.0
 
@@ -88,16 +88,16 @@ class Checkpoints:
         return [int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdigit()]
 
     def save_if_due(self, evaluated=False):
-        """Save where the last time is long enough ago; the parts must be between two decisions."""
+        """Save if the last checkpoint is old enough; call only between two decisions."""
         since = time.monotonic() - self._time
         if since >= self._seconds or (evaluated and since >= CHECKPOINT_INTERVAL_RATIO * self._duration):
             self.save()
 
     def save(self):
-        """Write a checkpoint, then remove those before the last.
+        """Write a checkpoint, then remove all but the last two.
 
         Raises:
-            OSError: it cannot be written; the last one is still there.
+            OSError: writing fails; the previous checkpoint is still there.
         """
         start = time.monotonic()
         number = self._number + 1
@@ -113,22 +113,22 @@ class Checkpoints:
         self._time, self._duration = time.monotonic(), time.monotonic() - start
 
     def free(self):
-        """Remove all of them."""
+        """Remove all checkpoints."""
         self._remove(but=())
 
     def _remove(self, but):
-        """Remove our files from the folder, but those of these names; one that is in use or is none can stay."""
-        # a .json goes before what it names
+        """Remove checkpoint files except those named; leave foreign files, and files that cannot be deleted."""
+        # delete each manifest before the files that it names
         for path in sorted(self._folder.iterdir(), key=lambda path: (path.suffix != ".json", path.name)):
             if path.name not in but and re.fullmatch(r"\d+\.(json|pt|replay)(\.tmp)?", path.name):
                 with contextlib.suppress(OSError):
                     path.unlink()
 
     def load(self):
-        """Restore the last checkpoint that is whole; whether there was any.
+        """Restore the last intact checkpoint; returns False if the run has no checkpoint.
 
         Raises:
-            Refused: there are some and none is whole.
+            Refused: every checkpoint is damaged, or another version of the code wrote it.
         """
         damaged = []
         for number in sorted(self._numbers(), reverse=True):
@@ -160,7 +160,7 @@ class Checkpoints:
         return False
 
     def _read(self, number):
-        """The checked ({file name: [bytes, sum]}, what it was made with, {part: state})."""
+        """({file name: [bytes, sum]}, made_with, {part: state}) of a checkpoint, its checksums verified."""
         path = self._folder / f"{number:06d}.json"
         try:
             manifest = json.loads(path.read_text())
@@ -181,7 +181,7 @@ class Checkpoints:
 
 
 def _flat(made_with):
-    """The dict with those in it opened up."""
+    """The dict with its nested dicts flattened, one level."""
     return {
         k: v
         for name, value in made_with.items()
@@ -190,7 +190,7 @@ def _flat(made_with):
 
 
 def _sum(path, size=None):
-    """SHA-256 of the first `size` bytes of a file, or of all."""
+    """SHA-256 of a file's first `size` bytes (None: of the whole file)."""
     sums = hashlib.sha256()
     with open(path, "rb") as file:
         left = os.fstat(file.fileno()).st_size if size is None else size

@@ -1,9 +1,9 @@
-"""The stream of a replay on disk, only ever appended to.
+"""The replay on disk, an append-only stream of frames.
 
-Segments <position>.replay, each beginning with an episode: one line of JSON (`frame_shape`, `dtype`, `action_dim`,
-`position` of its first frame in the stream), then for each frame a `record_type` and `size` bytes of the packed
-frame (see frames.py; the first frame of an episode is packed against zeros). A record holds what led to its frame,
-so it is complete when it is written.
+A segment <position>.replay starts with an episode and has one line of JSON (`frame_shape`, `dtype`, `action_dim`,
+`position` of its first frame in the stream), then a `record_type` and `size` bytes of packed data per frame (see
+frames.py; an episode's first frame is packed against zeros). A record holds the transition that led to its frame, so
+it is complete when it is written.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ SUFFIX = ".replay"
 
 
 def record_type(action_dim):
-    """NumPy dtype of what stands before a packed frame."""
+    """NumPy dtype of the record before a packed frame."""
     return np.dtype(
         [
             ("size", "<u4"),  # bytes of the packed frame
             ("age", "<i4"),  # frames before it in its episode
-            ("reward", "<f4"),  # of the transition that led to it, as the action and `terminated`; 0 at age 0
+            ("reward", "<f4"),  # like action and terminated, of the transition that led to the frame; 0 at age 0
             ("terminated", "u1"),
             ("action", "<f4", (action_dim,)),
         ]
@@ -33,11 +33,11 @@ def record_type(action_dim):
 
 
 class Journal:
-    """Appends to segments in `folder`, which exists.
+    """Writer of the segments.
 
     Args:
-        folder: of the segments.
-        frame_shape, dtype: of a frame, a NumPy array.
+        folder: the segments' folder, which must exist.
+        frame_shape, dtype: shape and NumPy dtype of a frame.
         action_dim: |A|.
     """
 
@@ -46,11 +46,11 @@ class Journal:
         self._header = {"frame_shape": list(frame_shape), "dtype": np.dtype(dtype).name, "action_dim": action_dim}
         self._record = np.zeros((), record_type(action_dim))
         self._zeros = flat(np.zeros(frame_shape, dtype))
-        self._full = {}  # file name -> (bytes, sha256) of the segments before the one that is written
+        self._full = {}  # file name -> (bytes, sha256) of the closed segments
         self._file = None
 
     def append(self, position, frame, first, age, action, reward, terminated):
-        """Add the frame at this position of the stream, with `flat` of its episode's first and what led to it."""
+        """Append the frame at `position` and the transition that led to it; `first`: `flat` of its episode's first."""
         if self._file is None or (age == 0 and self._size > SEGMENT_BYTES):
             self._begin_segment(position)
         packed = pack(frame, first if age else self._zeros)
@@ -73,7 +73,7 @@ class Journal:
         self._sum.update(data)
 
     def commit(self, oldest):
-        """Bring it all to the disk: {file name: (bytes, sha256)} of the segments with positions from `oldest` on."""
+        """Flush to disk; returns {file name: (bytes, sha256)} of the segments with positions from `oldest` on."""
         if self._file is None:
             return {}
         self._file.flush()
@@ -85,7 +85,7 @@ class Journal:
         return files
 
     def resume(self, files):
-        """Go on behind these files, as `commit` gave them; what was written after them will come again and goes."""
+        """Append after `files`, as `commit` returned them; deletes later data, which the resumed run writes again."""
         last = max(files)
         for path in self._folder.glob(f"*{SUFFIX}"):
             if path.name > last:
@@ -107,7 +107,7 @@ def header_of(folder):
     """The header of the first segment in `folder`, a dict.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no segment, or no header in it yet.
     """
     paths = sorted(pathlib.Path(folder).glob(f"*{SUFFIX}"))
     if not paths:
@@ -120,11 +120,11 @@ def header_of(folder):
 
 
 def read(folder, files=None):
-    """Every frame of the stream: (position, frame, age, action, reward, terminated), in its order.
+    """Yield (position, frame, age, action, reward, terminated) of every frame, in the order of the stream.
 
     Args:
-        folder: of the segments.
-        files: as `commit` gave them; None: all that is there, up to the last whole record.
+        folder: the segments' folder.
+        files: the dict that `commit` returned, or None for all segments, up to the last complete record.
     """
     folder = pathlib.Path(folder)
     if files is None:
@@ -132,7 +132,7 @@ def read(folder, files=None):
     for name in sorted(files):
         data = (folder / name).read_bytes()[: files[name][0]]
         start = data.find(b"\n") + 1
-        if not start:  # of a run that is writing it
+        if not start:  # a run is still writing the header
             break
         header = json.loads(data[:start])
         kind = record_type(header["action_dim"])

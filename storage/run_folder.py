@@ -1,12 +1,12 @@
-"""A run's folder: its name, flags, lock and state. train.py writes it, others read it.
+"""A run's folder: its name, flags, lock and state. train.py writes it; the other commands read it.
 
-args.json    every flag, what the run was made with, and each continuation
-run.json     one small object, whole at any moment: `state` (running, stopped, finished, diverged), `step`, `env_step`,
-             `num_train_steps`, `time` of the last update (seconds since 1970), `host`, `pid`, `reason` of its end
+args.json    every flag, the provenance of the run, and an entry for each time that it was resumed
+run.json     one small object, replaced atomically: `state` (running, stopped, finished, diverged), `step`, `env_step`,
+             `num_train_steps`, `time` of the last update (seconds since 1970), `host`, `pid`, `reason` for stopping
 lock         held by the process that writes here
 train.log, eval.log, tb/, wandb/, video/, model/, checkpoint/
 
-A folder of runs may hold sweep.json, which names those that are to be there.
+A sweep's folder also holds sweep.json, the list of its planned runs.
 """
 
 import contextlib
@@ -31,21 +31,21 @@ from config import UNCHANGING, Config, check, complete, parse_flags, shorten
 from endings import Refused, RunEnded, signals_kept_from_children
 
 CHECKPOINT = "checkpoint"  # the folder's name
-OUTPUT = "output.log"  # what a run of a sweep prints
-EXIT_CODE = "exit_code.json"  # of a run of a sweep that ended before it wrote its args.json
-HEARTBEAT_SECONDS = 10  # between two updates of run.json
+OUTPUT = "output.log"  # stdout and stderr of a sweep's run
+EXIT_CODE = "exit_code.json"  # exit code of a sweep's run that failed before it wrote args.json
+HEARTBEAT_SECONDS = 10  # minimum interval between updates of run.json
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def write_whole(path, write):
-    """Write a file so that any reader finds the old or the new one, also after a power cut.
+    """Write a file atomically: readers see the old or the new version, even after a power cut.
 
     Args:
-        path: of the file.
-        write: function that writes to the open binary file it is given.
+        path: the file's path.
+        write: function that takes an open binary file and writes to it.
 
     Raises:
-        OSError: it cannot be written; the old one is still there.
+        OSError: writing fails; the old version is still there.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -57,10 +57,10 @@ def write_whole(path, write):
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the name too
+            os.fsync(folder)  # makes the rename durable too
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's own of a full disk is a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:80]
         raise OSError(f"{path}: not written ({reason})") from None
@@ -80,14 +80,14 @@ def load_args(run):
     try:
         args = json.loads((pathlib.Path(run) / "args.json").read_text())
         if args["encoder_type"] != "identity":
-            args.setdefault("camera_id", 0)  # of every task, before that was a flag
+            args.setdefault("camera_id", 0)  # every task's camera before it became a flag
         return args
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise _no_run(run, error) from None
 
 
 def run_id(run):
-    """A name for the run in folder `run` that no other has, 16 characters; it stays when the run goes on or is moved.
+    """A unique 16-character name of the run in folder `run`; resuming the run or moving its folder keeps it.
 
     Raises:
         Refused: the folder holds no run.
@@ -97,7 +97,7 @@ def run_id(run):
 
 
 def load_config(run):
-    """The config of the run in folder `run`: its args.json read as flags; those newer than it have their defaults.
+    """The config of the run in folder `run`: its args.json read as flags, with defaults for flags newer than the run.
 
     Raises:
         Refused: the folder holds no run.
@@ -122,7 +122,7 @@ def _as_flag(name, value):
 
 
 def load_status(run):
-    """run.json of the run in folder `run`, a dict; empty if there is none that is whole."""
+    """run.json of the run in folder `run`, a dict; empty if the file is missing or damaged."""
     try:
         status = json.loads((pathlib.Path(run) / "run.json").read_text())
         return status if {"state", "step", "num_train_steps", "host", "pid"} <= set(status) else {}
@@ -131,7 +131,7 @@ def load_status(run):
 
 
 def load_rows(run, name):
-    """Rows of train.log or eval.log in folder `run`, a list of dicts; a last one that is half written is left out."""
+    """Rows of train.log or eval.log in folder `run`, a list of dicts without a half-written last row."""
     try:
         lines = (pathlib.Path(run) / name).read_text().splitlines()
     except FileNotFoundError:
@@ -144,10 +144,10 @@ def load_rows(run, name):
 
 
 def load_sweep(folder):
-    """sweep.json of a folder: `runs`, a list of {folder, flags}, and `jobs`; both empty without such a file.
+    """sweep.json of a folder: `runs`, a list of {folder, flags}, and `jobs`; both empty if there is no such file.
 
     Raises:
-        Refused: it cannot be read.
+        Refused: the file cannot be read.
     """
     path = pathlib.Path(folder) / "sweep.json"
     try:
@@ -162,7 +162,7 @@ def load_sweep(folder):
 
 
 def find_runs(folder):
-    """Folders of the runs in `folder` and below it: those that a sweep.json names, begun or not, then the others.
+    """Run folders in `folder` at any depth: first those listed in a sweep.json, started or not, then the others.
 
     Raises:
         Refused: a sweep.json cannot be read.
@@ -175,11 +175,11 @@ def find_runs(folder):
 
 
 def load_state(run):
-    """How the run in folder `run` stands: missing, running, died, stopped, diverged or finished.
+    """State of the run in folder `run`: missing, running, died, stopped, diverged or finished.
 
-    "died": run.json says running but no process holds the lock, or the process failed before it began. "stopped" by a
-    signal or an error: run.json has the reason. A run with its logs alone is
-    finished if it was evaluated at its end.
+    "died": run.json says running but no process holds the lock, or the process failed before it wrote args.json.
+    "stopped": by a signal or an error; run.json has the reason. Without run.json, a run whose last evaluation is at
+    its last step counts as finished.
     """
     run = pathlib.Path(run)
     if not (run / "args.json").exists():
@@ -195,7 +195,7 @@ def load_state(run):
 
 
 def last_line(run):
-    """The last line that the run of a sweep in folder `run` has printed, "" if there is none."""
+    """The last line in the output.log of a sweep's run, "" if there is none."""
     try:
         with open(pathlib.Path(run) / OUTPUT, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
@@ -206,7 +206,7 @@ def last_line(run):
 
 
 def is_written(run):
-    """Whether a process, on whatever host, writes in folder `run`; asks for its lock without taking it."""
+    """Whether a process on any host is writing folder `run`; queries the lock without taking it."""
     try:
         with open(pathlib.Path(run) / "lock", "rb") as lock:
             question = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
@@ -222,11 +222,11 @@ def is_written(run):
 def parse_run(args=None):
     """Command line of train.py -> (config, whether it resumes the run in --run_dir).
 
-    Flags that are not given are those of the run that is continued; one that is given and differs is refused, unless
-    it changes no result (`config.UNCHANGING`) or is a larger --num_train_steps.
+    A resumed run keeps its flags. A given flag that differs is refused, unless it does not affect results
+    (`config.UNCHANGING`) or is a larger --num_train_steps.
 
     Raises:
-        Refused: see `config.check`; --run_dir holds something that is no run, or a run of other flags.
+        Refused: see `config.check`; --run_dir holds something other than a run, or a run with other flags.
         RunEnded: the run there is finished or has diverged.
     """
     config = parse_flags(Config, args)
@@ -236,7 +236,7 @@ def parse_run(args=None):
         return config, False
     before = dataclasses.replace(load_config(config.run_dir), run_dir=config.run_dir, work_dir=config.work_dir)
     config = parse_flags(Config, args, default=before)
-    if config.seed == -1:  # drawn when the run began
+    if config.seed == -1:  # keep the seed that the first start drew
         config = dataclasses.replace(config, seed=before.seed)
     config = complete(config)
     for field in dataclasses.fields(Config):
@@ -251,11 +251,11 @@ def parse_run(args=None):
 
 
 def check_goes_on(config):
-    """Whether there is something to do in --run_dir, and something to go on from.
+    """Check that the run in --run_dir has steps left, and a checkpoint to resume from or no decision yet.
 
     Raises:
         RunEnded: the run is finished or has diverged.
-        Refused: its checkpoint is gone. The first comes before the first decision.
+        Refused: its checkpoint is gone; every run writes one before its first decision.
     """
     folder, status = pathlib.Path(config.run_dir), load_status(config.run_dir)
     finished = status.get("state") == "finished"
@@ -276,7 +276,7 @@ def check_goes_on(config):
 
 
 def _holds_something(run_dir):
-    """Whether there is anything in a folder but what a run leaves that is killed before its args.json is written."""
+    """Whether a folder holds more than the files of a run that was killed before it wrote args.json."""
     try:
         return not {path.name for path in pathlib.Path(run_dir).iterdir()} <= {
             "lock",
@@ -291,7 +291,7 @@ def _holds_something(run_dir):
 
 
 def check_writable(flag, folder):
-    """Raise `Refused` if `folder`, the value of `flag`, is none and cannot be made; creates nothing."""
+    """Raise `Refused` unless `folder`, the value of `flag`, is or can become a writable folder; creates nothing."""
     path = pathlib.Path(folder).absolute()
     existing = next(p for p in [path, *path.parents] if os.path.lexists(p))
     if not existing.is_dir():
@@ -304,14 +304,14 @@ def check_writable(flag, folder):
 
 
 class RunFolder:
-    """The folder as its one writer has it: made or found, locked until `release` or the end of the process.
+    """The folder for its single writer, who holds the lock until `release` or process exit.
 
     Args:
-        config: see config.py; --run_dir names the folder, or a new one is made below --work_dir.
-        resumes: whether it holds a run already.
+        config: the run's config; --run_dir names the folder, otherwise RunFolder creates one below --work_dir.
+        resumes: whether the folder already holds a run.
 
     Raises:
-        Refused: it cannot be made, or another process writes it.
+        Refused: the folder cannot be created, or another process is writing it.
         RunEnded: see `check_goes_on`.
     """
 
@@ -324,12 +324,12 @@ class RunFolder:
             self.path = self._new(config) if config.run_dir is None else pathlib.Path(config.run_dir)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
-        except OSError as error:  # what check_writable cannot see, such as a file system that takes no folders
+        except OSError as error:  # check_writable cannot see everything, such as a file system that rejects mkdir
             raise Refused(f"--{flag} {value}: {error}") from None
         if resumes != (self.path / "args.json").exists():
             self.release()
             raise Refused(f"--run_dir {value}: another process has just begun a run there")
-        if resumes:  # what another process has done since the flags were read
+        if resumes:  # another process may have changed the run since parse_run
             check_goes_on(config)
             if load_args(self.path)["num_train_steps"] > config.num_train_steps:
                 raise Refused(f"--run_dir {value}: another process has just made this run longer")
@@ -339,7 +339,7 @@ class RunFolder:
 
     @staticmethod
     def _new(config):
-        """A new folder <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/, numbered if it is there."""
+        """Create <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/, with a number appended if that exists."""
         parent = pathlib.Path(config.work_dir) / f"{config.domain_name}-{config.task_name}"
         parent.mkdir(parents=True, exist_ok=True)
         name = f"{config.agent}-{time.strftime('%Y%m%d-%H%M%S')}-s{config.seed}"
@@ -349,11 +349,11 @@ class RunFolder:
             try:
                 folder.mkdir()
                 return folder
-            except FileExistsError:  # another run of the same sweep, in the same second
+            except FileExistsError:  # another run with this seed started in the same second
                 number += 1
 
     def _locked(self):
-        """The open lock; the system frees it when this process ends, however that ends."""
+        """The open lock file; the system releases the lock when this process exits, even after SIGKILL."""
         lock = open(self.path / "lock", "a")
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -370,7 +370,7 @@ class RunFolder:
         return lock
 
     def begin(self, step, made_with):
-        """Say in args.json that the run begins, or goes on at `step`; `made_with`: see `provenance`."""
+        """Record in args.json that the run starts, or resumes at `step`; `made_with`: see `provenance`."""
         self._status["step"] = step
         now = {"time": time.time(), "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]], **made_with}
         args = dataclasses.asdict(self._config)
@@ -387,7 +387,7 @@ class RunFolder:
         self.report(state="running")
 
     def take_back(self, error):
-        """The run did not begin after all: its folder goes, if nobody has asked for it by its name."""
+        """Undo a failed start: delete the folder, unless --run_dir named it."""
         if self._config.run_dir is None:
             self.release()
             shutil.rmtree(self.path)
@@ -396,16 +396,16 @@ class RunFolder:
                 self.report(state="stopped", reason=f"before it began: {error}")
 
     def tick(self, step):
-        """Put the step into run.json, now and then; a disk that is full does not matter here."""
+        """Write the step to run.json every HEARTBEAT_SECONDS; ignores a full disk."""
         if time.monotonic() - self._time >= HEARTBEAT_SECONDS:
             with contextlib.suppress(OSError):
                 self.report(step=step)
 
     def report(self, **status):
-        """Put `state`, `step`, `reason` or what else is new into run.json.
+        """Update `state`, `step`, `reason` or another key in run.json.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: writing fails.
         """
         self._status.update(status)
         self._time = time.monotonic()
@@ -415,12 +415,12 @@ class RunFolder:
         write_json(self.path / "run.json", {**self._status, **steps, **here})
 
     def release(self):
-        """Let another process write here."""
+        """Release the lock, so that another process may write here."""
         self._lock.close()
 
 
 def git_commit():
-    """Commit hash of the code, "+" appended if tracked files differ from it; None outside a git checkout."""
+    """The code's commit hash, with "+" if tracked files have changed; None outside a git checkout."""
 
     def git(*args):
         here = pathlib.Path(__file__).resolve().parent.parent
@@ -435,7 +435,7 @@ def git_commit():
 
 
 def provenance(device):
-    """What this process computes with, for args.json; results are bit for bit the same only where all of it is."""
+    """Versions and hardware of this process for args.json; bit-identical results need all of them to match."""
     import torch
 
     packages = ("torch", "mujoco", "dm_control", "gymnasium", "numpy")
