@@ -1,4 +1,4 @@
-"""Config -> agent: SAC with the auxiliary task and the augmentation that the flags name."""
+"""Config -> agent: SAC with the auxiliary task and the augmentation chosen by the flags."""
 
 import functools
 
@@ -12,7 +12,7 @@ from sac import SAC
 
 
 def make_agent(config, obs_shape, action_dim, device):
-    """The agent on `device`, for an environment's observations (C, H, W), or (n,) of a state.
+    """The agent on `device`; `obs_shape` is the environment's, (C, H, W), or (n,) for states.
 
     Raises:
         Refused: the networks do not fit in memory.

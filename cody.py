@@ -1,8 +1,7 @@
 """The CoDy auxiliary task: contrastive learning with dynamic models (You et al., arXiv 2203.01810).
 
-Symbols as in docs/algorithm.md: z = f(o) latent, z_bar target latent, u sample of the posterior, which predicts the
-next latent and the reward (d + 1 numbers), p posterior, q prior. Both objectives have the interface that sac.py
-describes.
+Symbols as in docs/algorithm.md: z = f(o) latent, z_bar target latent, p posterior, q prior, u sample of the posterior,
+which predicts the next latent and the reward (d + 1 numbers). sac.py describes the interface of both objectives.
 """
 
 import copy
@@ -14,12 +13,12 @@ from torch import nn
 
 from utils import mlp, soft_update, weight_init
 
-EXTREME_LOG_STD = 3.0  # a posterior dimension counts as extreme beyond a standard deviation of e^3, or below e^-3
-PUBLISHED_TAU = 0.005  # EMA rate of the published objective's own targets
+EXTREME_LOG_STD = 3.0  # a posterior dimension is extreme if its standard deviation is above e^3 or below e^-3
+PUBLISHED_TAU = 0.005  # EMA rate of the published objective's own target networks
 
 
 class GaussianDynamics(nn.Module):
-    """N(mu, sigma) over u given a latent and an action; LayerNorm over all its outputs.
+    """N(mu, sigma) over u given a latent and an action, with LayerNorm over all outputs.
 
     (B, latent_dim), (B, action_dim) -> mu and log sigma, each (B, u_dim).
     """
@@ -34,14 +33,14 @@ class GaussianDynamics(nn.Module):
 
 
 def action_code(action_dim, hidden_dim=512, code_dim=16):
-    """u(a): (B, |A|) -> (B, code_dim)."""
+    """Action encoder u(a): (B, |A|) -> (B, code_dim)."""
     return nn.Sequential(
         nn.Linear(action_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, code_dim), nn.LayerNorm(code_dim)
     )
 
 
 def unit_gaussian(batch, encoders):
-    """The prior N(0, 1): mu and log sigma that broadcast."""
+    """The prior N(0, 1): broadcastable mu and log sigma."""
     zero = batch.reward.new_zeros(1)
     return zero, zero
 
@@ -54,7 +53,7 @@ def kl_divergence(mu_p, log_std_p, mu_q, log_std_q):
 
 
 def contrastive_logits(query, W, key):
-    """query W key^T, less its row maximum for stability: (B, n), (n, m), (B, m) -> (B, B)."""
+    """query W key^T, minus the row maximum for stability: (B, n), (n, m), (B, m) -> (B, B)."""
     logits = query @ W @ key.T
     return logits - logits.max(dim=1, keepdim=True).values
 
@@ -65,14 +64,14 @@ def info_nce(logits):
 
 
 def contrastive_metrics(logits, nce):
-    """The bound on mutual information in nats, and the share of queries whose own key scores highest."""
+    """InfoNCE, its bound on mutual information in nats, and the share of queries that rank their own key first."""
     positives = torch.arange(len(logits), device=logits.device)
     accuracy = (logits.argmax(dim=1) == positives).float().mean()
     return {"info_nce": nce, "mi_bound": math.log(len(logits)) - nce, "contrastive_accuracy": accuracy}
 
 
 def latent_metrics(z, detailed):
-    """Norm and spread of the latents (B, d); detailed: also their effective rank."""
+    """Norm and standard deviation of the latents (B, d); if detailed, also their effective rank."""
     metrics = {"latent_norm": z.norm(dim=-1).mean(), "latent_std": z.std(dim=0).mean()}
     if detailed:
         metrics["latent_rank"] = effective_rank(z.detach())
@@ -80,16 +79,16 @@ def latent_metrics(z, detailed):
 
 
 def effective_rank(z):
-    """exp of the entropy of the normalised singular values of the centred batch (B, d); Roy and Vetterli, 2007."""
-    # svdvals raises on values that are not finite; the loss will say so better
+    """exp of the entropy of the normalised singular values of the centred batch (B, d) (Roy and Vetterli, 2007)."""
+    # svdvals raises on non-finite values, of which the loss gives the better message
     singular_values = torch.linalg.svdvals(torch.nan_to_num(z - z.mean(dim=0)))
     return torch.special.entr(singular_values / singular_values.sum()).sum().exp()
 
 
 class _Auxiliary(nn.Module):
-    """What both objectives have in common.
+    """Common part of both objectives.
 
-    The released code steps the encoder with two Adams on the same gradient; one at the summed rate is the same.
+    The released code steps the encoder with two Adams on the same gradient; one Adam at the summed rate is the same.
     """
 
     update_freq = 1
@@ -110,7 +109,7 @@ class _Auxiliary(nn.Module):
 
 
 class CoDy(_Auxiliary):
-    """InfoNCE + omega * KL; the flags choose its parts here, at construction.
+    """InfoNCE + omega * KL; the constructor chooses its parts by the flags.
 
     Args:
         config: see config.py.
@@ -133,7 +132,7 @@ class CoDy(_Auxiliary):
             self.prior = self.posterior
         looks_back = c.kl_prior in ("learned", "shared")
         self._q = self._dynamics_prior if looks_back else {"unit_gaussian": unit_gaussian, "none": None}[c.kl_prior]
-        # o_{t-1} is augmented and encoded only where a prior looks at it
+        # augment and encode o_{t-1} only if the prior uses it
         self.augmented = {"obs_prev": "obs_prev"} if looks_back else {}
 
         self.projection = {
@@ -159,7 +158,7 @@ class CoDy(_Auxiliary):
         soft_update(self.predictor, self.target_predictor, self.config.encoder_tau)
 
     def _dynamics_prior(self, batch, encoders):
-        """q(u | z_bar_{t-1}, a_{t-1}): gradient to its weights, none to the encoder."""
+        """q(u | z_bar_{t-1}, a_{t-1}), with gradient to the prior's weights but not to the encoder."""
         with torch.no_grad():
             z_bar_prev = encoders[self.config.kl_encoder](batch.obs_prev)
         return self.prior(z_bar_prev, self.action_encoder(batch.action_prev))
@@ -168,14 +167,14 @@ class CoDy(_Auxiliary):
         """InfoNCE + omega * KL.
 
         Args:
-            batch: `Batch` of B pairs, augmented.
+            batch: augmented `Batch` of B pairs.
             z: latents of `batch.obs`, (B, d), with gradient.
             encoder, target_encoder: f and its EMA.
-            detailed: also the metrics that cost something.
-            noise: epsilon of the posterior sample, (B, d + 1); drawn if None.
+            detailed: whether to also compute the expensive metrics.
+            noise: epsilon of the posterior sample, (B, d + 1); None: drawn here.
 
         Returns:
-            The loss and a dictionary of metrics, 0-d but for `kl_per_dim` (d + 1,).
+            The loss and a dictionary of metrics, all 0-d except `kl_per_dim` (d + 1,).
         """
         c = self.config
         mu_p, log_std_p = self.posterior(z, self.action_encoder(batch.action))  # (B, d + 1)
@@ -217,7 +216,7 @@ class CoDy(_Auxiliary):
 class PublishedCoDy(_Auxiliary):
     """The objective of the 2022 paper: L1 + omega * L2 + beta * L3; see docs/algorithm.md.
 
-    Args as for `CoDy`.
+    Takes the same arguments as `CoDy`.
     """
 
     augmented = {"second_obs": "obs"}
@@ -234,12 +233,12 @@ class PublishedCoDy(_Auxiliary):
         self.target_dynamics = copy.deepcopy(self.dynamics).requires_grad_(False)
 
     def update_targets(self):
-        """EMA step of the target action code and the target dynamics."""
+        """EMA step of the target action encoder and the target dynamics."""
         soft_update(self.action_encoder, self.target_action_encoder, PUBLISHED_TAU)
         soft_update(self.dynamics, self.target_dynamics, PUBLISHED_TAU)
 
     def loss(self, batch, z, encoder, target_encoder, *, detailed=False):
-        """As `CoDy.loss`; `batch.obs` and `batch.second_obs` are two augmentations of o_t."""
+        """Same interface as `CoDy.loss`; `batch.obs` and `batch.second_obs` are two augmentations of o_t."""
         code = self.action_encoder(batch.action)  # (B, 16)
         prediction = self.dynamics(torch.cat([z, code], dim=-1))  # (B, d)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The reconstruction auxiliary task of SAC+AE (Yarats et al., arXiv 1910.01741); sac.py describes the interface."""
+"""Reconstruction, the auxiliary task of SAC+AE (Yarats et al., arXiv 1910.01741); sac.py describes the interface."""
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +10,14 @@ BITS = 5  # pixels are quantised to 2^5 levels
 
 
 class Decoder(nn.Module):
-    """Latent to pixels: linear, then deconvolutions that mirror the encoder's convolutions.
+    """Latent to pixels: a linear layer, then deconvolutions that mirror the encoder's convolutions.
 
     (B, latent_dim) -> (B, C, H, W), where -1/2 is black and 1/2 is white.
 
     Args:
         obs_shape: (C, H, W), square.
         latent_dim: d.
-        num_layers, num_filters: of the encoder.
+        num_layers, num_filters: the encoder's.
     """
 
     def __init__(self, obs_shape, latent_dim, num_layers, num_filters):
@@ -28,7 +28,7 @@ class Decoder(nn.Module):
         self.fc = nn.Linear(latent_dim, num_filters * last * last)
         self.unflatten = nn.Unflatten(1, (num_filters, last, last))
         self.deconvs = nn.ModuleList(nn.ConvTranspose2d(num_filters, num_filters, 3) for _ in range(num_layers - 1))
-        # the row and column that the stride left over, where the size is even
+        # the row and column that the stride skips if the size is even
         padding = size - (2 * (first - 1) + 3)
         self.last = nn.ConvTranspose2d(num_filters, channels, 3, stride=2, output_padding=padding)
 
@@ -71,10 +71,10 @@ class Reconstruction(nn.Module):
         return [{"params": list(self.parameters()), "lr": c.decoder_lr, "weight_decay": c.decoder_weight_lambda}]
 
     def update_targets(self):
-        """It has none."""
+        """No-op: there are no targets."""
 
     def loss(self, batch, z, encoder, target_encoder, *, detailed=False):
-        """As in cody.py; detailed adds PSNR (dB) and SSIM of eight reconstructions."""
+        """See `CoDy.loss`; `detailed` adds PSNR (dB) and SSIM of eight reconstructions."""
         reconstruction = self.decoder(z)
         noise = torch.rand(batch.obs.shape, device=batch.obs.device)
         reconstruction_loss = F.mse_loss(reconstruction, quantise(batch.obs, noise))
@@ -92,20 +92,20 @@ class Reconstruction(nn.Module):
 
     @torch.no_grad()
     def images(self, batch, encoder):
-        """Newest frames of four observations, each beside its reconstruction: (4, 3, H, 2 W) in [0, 1]."""
+        """Newest frames of four observations next to their reconstructions: (4, 3, H, 2 W) in [0, 1]."""
         reconstruction = self.decoder(encoder(batch.obs[:4]))
         pair = torch.cat([batch.obs[:4].float() / 255, as_pixels(reconstruction)], dim=-1)
         return {"reconstruction": pair[:, -3:]}
 
 
 def as_pixels(reconstruction):
-    """Decoder output -> [0, 1]."""
+    """Decoder output -> pixels in [0, 1]."""
     return (reconstruction + 0.5).clamp(0, 1)
 
 
 def image_quality(obs, reconstruction):
-    """Mean PSNR (dB) and SSIM of (N, C, H, W) reconstructions against uint8 observations, on the host."""
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity  # here alone: a second or more
+    """Mean PSNR (dB) and SSIM of (N, C, H, W) reconstructions against uint8 observations, computed on the host."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity  # imported here: takes a second or more
 
     pairs = list(zip(obs.cpu().numpy() / 255, as_pixels(reconstruction.detach()).cpu().double().numpy(), strict=True))
     psnr = [peak_signal_noise_ratio(a, b, data_range=1) for a, b in pairs]

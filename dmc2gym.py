@@ -1,7 +1,6 @@
 """dm_control tasks as Gymnasium environments, with the `make` signature of the dmc2gym package.
 
-dm_control reads `MUJOCO_GL` once, when it is imported: so it is imported by `make`, after the rendering backend is
-chosen, and not before.
+dm_control reads `MUJOCO_GL` only once, at import. `make` therefore imports it after choosing the rendering backend.
 """
 
 import contextlib
@@ -16,13 +15,13 @@ import numpy as np
 from endings import Refused
 from rendering import DRAWING_OFF, select_gl_backend
 
-CAMERAS = {"quadruped": 2}  # where camera 0 hardly shows the body: as drq, drqv2, dreamerv3 and tdmpc2
+CAMERAS = {"quadruped": 2}  # camera 0 hardly shows the body; same choice as drq, drqv2, dreamerv3 and tdmpc2
 
 
 def check_task(config):
-    """Raise `Refused` if the suite lacks the task, camera or image size of a config; draws nothing.
+    """Raise `Refused` if the suite lacks the config's task, camera or image size; does not render.
 
-    In a process that makes no environments: where dm_control was not imported yet, it will not be able to draw.
+    Not for a process that makes environments: if this call imports dm_control, it cannot render.
     """
     before = os.environ.get("MUJOCO_GL")
     os.environ["MUJOCO_GL"] = DRAWING_OFF[0]
@@ -40,7 +39,7 @@ def check_task(config):
 
 
 def _load(domain_name, task_name, **kwargs):
-    """dm_control's suite.load, with an unknown name answered by the nearest real ones."""
+    """dm_control's suite.load; for an unknown name raises `Refused` with the nearest real ones."""
     from dm_control import suite
 
     tasks = [f"{domain} {task}" for domain, task in suite.ALL_TASKS]
@@ -54,7 +53,7 @@ def _load(domain_name, task_name, **kwargs):
 
 
 def _camera(physics, domain_name, task_name, camera_id):
-    """The camera, the task's usual one for None."""
+    """The camera; None: the task's usual one."""
     camera = CAMERAS.get(domain_name, 0) if camera_id is None else camera_id
     cameras = physics.model.ncam
     if not -1 <= camera < cameras:
@@ -75,21 +74,21 @@ class DMCEnv(gymnasium.Env):
     """A dm_control suite task as a Gymnasium environment.
 
     Actions are float32 in [-1, 1]. Observations are uint8 images, or the float64 state, flattened in the order of
-    the task's observation dictionary. `info` holds `discount`, the task's own.
+    the task's observation dictionary. `info` holds the task's `discount`.
 
     Args:
         domain_name, task_name: the suite's names.
-        seed: seed of the task's own random state.
-        visualize_reward: colour the geometry by reward; not with `from_pixels`, since the agent would see the
-            reward. (dmc2gym's default is True.)
-        from_pixels: observe images instead of the flattened state.
+        seed: seed of the task's random state.
+        visualize_reward: whether to colour the geometry by reward; not with `from_pixels`, since the agent would see
+            the reward. (dmc2gym's default is True.)
+        from_pixels: whether to observe images instead of the flattened state.
         height, width: image size in pixels.
-        camera_id: camera of observations and of `render`; -1 is MuJoCo's free one. None: the task's usual one.
-        frame_skip: physics control steps per `step`; their rewards are summed.
+        camera_id: camera for observations and `render`; -1 is MuJoCo's free camera. None: the task's usual one.
+        frame_skip: physics control steps per `step`, which sums their rewards.
         episode_length: control steps per episode, so `ceil(episode_length / frame_skip)` calls of `step`.
-        environment_kwargs: passed to dm_control's `Environment`.
-        time_limit: seconds of simulated time, the task's own if None.
-        channels_first: images are (3, height, width), else (height, width, 3).
+        environment_kwargs: arguments for dm_control's `Environment`.
+        time_limit: seconds of simulated time. None: the task's own.
+        channels_first: whether images are (3, height, width) or (height, width, 3).
 
     Raises:
         Refused: unknown task or camera, no usable rendering backend, an image too large to render.
@@ -131,10 +130,10 @@ class DMCEnv(gymnasium.Env):
         self._frame_skip = frame_skip
         self._channels_first = channels_first
         self._max_steps = math.ceil(episode_length / frame_skip)
-        self._over = True  # `reset` comes next
+        self._over = True  # `reset` must come next
 
         spec = self._env.action_spec()
-        bounded = np.abs(spec.maximum) < 1e9  # MuJoCo gives an unbounded actuator +-1e10
+        bounded = np.abs(spec.maximum) < 1e9  # MuJoCo reports +-1e10 for an unbounded actuator
         self._action_low = np.where(bounded, spec.minimum, -1.0)
         self._action_high = np.where(bounded, spec.maximum, 1.0)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, spec.shape, np.float32)
@@ -153,11 +152,11 @@ class DMCEnv(gymnasium.Env):
 
     @property
     def physics(self):
-        """dm_control's physics."""
+        """dm_control's physics object."""
         return self._env.physics
 
     def reset(self, *, seed=None, options=None):
-        """First observation of an episode; `seed` restarts the task's random state."""
+        """Start an episode: first observation and info; `seed` reseeds the task's random state."""
         super().reset(seed=seed)
         if seed is not None:
             self._env.task.random.seed(seed)
@@ -167,10 +166,10 @@ class DMCEnv(gymnasium.Env):
         return self._observation, {"discount": 1.0}
 
     def step(self, action):
-        """`frame_skip` control steps with one action; terminated only where the task's discount is 0.
+        """Take `frame_skip` control steps with one action; terminated only if the task's discount is 0.
 
-        Physics that diverges ends the episode: truncated, reward 0, the observation the one before, and
-        `info["physics_error"]` says why.
+        If the physics diverges, the episode is truncated with reward 0 and the previous observation, and
+        `info["physics_error"]` gives the reason.
         """
         if self._over:
             raise gymnasium.error.ResetNeeded("call reset() before step(), and after each episode")
@@ -187,13 +186,13 @@ class DMCEnv(gymnasium.Env):
         return observation, reward, terminated, truncated, {"discount": time_step.discount}
 
     def _begin(self):
-        """Before the task is reset: what an episode follows from, its actions aside."""
+        """Record, before the task resets, the random state from which the episode can be replayed."""
         self._random = self._env.task.random.get_state()
         self._actions = []
         self._over = False
 
     def _advance(self, action):
-        """The control steps of one `step`: the last time step and the summed reward."""
+        """Take the control steps of one `step`; returns the last time step and the summed reward."""
         self._actions.append(np.array(action, np.float64))
         fraction = (self._actions[-1] + 1) / 2
         action = self._action_low + fraction * (self._action_high - self._action_low)
@@ -206,25 +205,25 @@ class DMCEnv(gymnasium.Env):
         return time_step, reward
 
     def state_dict(self):
-        """Where the episode stands: the task's random state before it and its actions so far."""
+        """State of the episode: the task's random state before it, and its actions so far."""
         kind, keys, *rest = self._random
         actions = [action.tolist() for action in self._actions]
         return {"random": [kind, keys.tolist(), *rest], "actions": actions, "over": self._over}
 
     def load_state_dict(self, state, observation):
-        """Come to the state that `state_dict` was of by taking the same steps again, without drawing.
+        """Restore the result of `state_dict` by replaying the episode's actions, without rendering.
 
-        A copy of the physics' state would not do: some tasks keep their targets in the model.
+        Copying the physics' state would not suffice: some tasks keep their targets in the model.
 
         Args:
-            state: what `state_dict` gave.
-            observation: the last one; a renderer need not draw the same twice.
+            state: result of `state_dict`.
+            observation: the last observation; a renderer need not draw the same image twice.
         """
         kind, keys, *rest = state["random"]
         self._env.task.random.set_state((kind, np.array(keys, np.uint32), *rest))
         self._begin()
         self._env.reset()
-        with contextlib.suppress(self._physics_error):  # the last action's
+        with contextlib.suppress(self._physics_error):  # raised by the last action
             for action in state["actions"]:
                 self._advance(action)
         self._over = state["over"]

@@ -1,7 +1,7 @@
 """The encoders f: observations to latents.
 
-An encoder is two modules, `convs` and `head`, because actor and critic share the first and own one each of the second.
-`make_encoder` also gives the two parts of actor and critic that depend on `--encoder_type`.
+An encoder has two modules, `convs` and `head`: actor and critic share the convs and have a head each. `make_encoder`
+also returns the parts of actor and critic that depend on `--encoder_type`.
 """
 
 from typing import NamedTuple
@@ -12,16 +12,16 @@ from torch import nn
 
 
 class ConvNet(nn.Module):
-    """Pixels to flat conv features: 3x3 convolutions, the first few with stride 2, a ReLU after each.
+    """Pixels to flat conv features: 3x3 convolutions, the first few with stride 2, each followed by a ReLU.
 
-    Weights and features are channels-last, the layout in which CPUs and GPUs convolve fastest.
+    Weights and features are channels-last, the fastest layout for convolutions on CPUs and GPUs.
 
     Args:
-        obs_shape: (C, H, W) of the observation.
-        num_layers, num_filters: of the convolutions.
-        num_strided: how many of the first have stride 2.
-        offset: subtracted from the pixels after scaling to [0, 1].
-        dtype: in which to convolve; parameters and results are float32.
+        obs_shape: shape of the observation, (C, H, W).
+        num_layers, num_filters: number of convolutions, and of filters in each.
+        num_strided: number of leading convolutions with stride 2.
+        offset: value subtracted from the pixels after scaling to [0, 1].
+        dtype: dtype of the convolutions; parameters and results are float32.
     """
 
     def __init__(self, obs_shape, num_layers, num_filters, num_strided=1, offset=0.0, dtype=torch.float32):
@@ -36,7 +36,7 @@ class ConvNet(nn.Module):
 
     def forward(self, obs):
         """(B, C, H, W) uint8 -> (B, feature_dim) float32, in the order (H, W, C)."""
-        h = obs.to(self.dtype, memory_format=torch.channels_last)  # integers up to 255 are exact also in bfloat16
+        h = obs.to(self.dtype, memory_format=torch.channels_last)  # bfloat16 represents integers up to 255 exactly
         for i, layer in enumerate(self.layers):
             weight, bias = layer.weight, layer.bias
             if i == 0:  # scale and shift the few weights instead of the many pixels
@@ -47,7 +47,7 @@ class ConvNet(nn.Module):
 
 
 class LatentHead(nn.Module):
-    """Flat conv features to the latent: linear, LayerNorm, tanh if asked for. (B, feature_dim) -> (B, d)."""
+    """Flat conv features to the latent: linear, LayerNorm, optional tanh. (B, feature_dim) -> (B, d)."""
 
     def __init__(self, feature_dim, latent_dim, tanh=False):
         super().__init__()
@@ -72,22 +72,22 @@ class Encoder(nn.Module):
 
 
 class CachedEncoder:
-    """An encoder without gradient that computes the conv features and the latents of each tensor once.
+    """An encoder without gradient that computes the conv features and latents of each tensor only once.
 
-    The first images of a tensor that it has seen are not computed again either. Right for as long as its parameters
-    stand still: make a new one after each of their steps.
+    It also reuses them for a slice of a tensor's first images. Valid only while the encoder's parameters stay
+    unchanged: make a new one after each optimizer or EMA step.
     """
 
     def __init__(self, encoder):
         self._encoder = encoder
-        self._seen = []  # (function, its argument, its result)
+        self._seen = []  # (function, argument, result)
 
     def convs(self, obs):
-        """As `Encoder.convs`."""
+        """`Encoder.convs`, cached."""
         return self._once(self._encoder.convs, obs)
 
     def __call__(self, obs):
-        """As `Encoder.forward`."""
+        """`Encoder.forward`, cached."""
         return self._once(self._encoder.head, self.convs(obs))
 
     @torch.no_grad()
@@ -101,15 +101,15 @@ class CachedEncoder:
 
 
 class EncoderParts(NamedTuple):
-    """What `--encoder_type` decides."""
+    """The modules that depend on `--encoder_type`."""
 
-    encoder: Encoder  # the critic's, and the auxiliary task's
-    actor_head: nn.Module  # the actor's own, from the shared conv features to its latent
-    critic_input: nn.Module  # between the latent and the Q networks
+    encoder: Encoder  # of the critic and the auxiliary task
+    actor_head: nn.Module  # from the shared conv features to the actor's own latent
+    critic_input: nn.Module  # module between the latent and the Q networks
 
 
 def make_encoder(config, obs_shape):
-    """The `EncoderParts` of a config, for observations of shape (C, H, W), or (n,) for identity."""
+    """The `EncoderParts` of a config; `obs_shape` is (C, H, W), or (n,) for identity."""
     return {"pixel": _pixel, "protorl": _protorl, "identity": _identity}[config.encoder_type](config, obs_shape)
 
 
@@ -130,7 +130,7 @@ def _pixel(config, obs_shape):
 
 
 def _protorl(config, obs_shape):
-    """Yarats et al., Proto-RL (arXiv 2102.11271): a linear latent; LayerNorm and tanh belong to actor and critic."""
+    """Proto-RL (Yarats et al., arXiv 2102.11271): a linear latent; actor and critic apply LayerNorm and tanh."""
     convs = _convs(config, obs_shape, offset=0.5)
     sizes = (convs.feature_dim, config.encoder_feature_dim)
     return EncoderParts(
@@ -141,6 +141,6 @@ def _protorl(config, obs_shape):
 
 
 def _identity(config, obs_shape):
-    """The state is the latent: no parameters."""
+    """The state itself is the latent; no parameters."""
     size = obs_shape[0]
     return EncoderParts(Encoder(nn.Identity(), nn.Identity(), size, size), nn.Identity(), nn.Identity())

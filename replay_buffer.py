@@ -1,12 +1,12 @@
-"""Replay of consecutive transitions in which every frame is stored once.
+"""Replay of consecutive transitions that stores every frame once.
 
-A ring of slots. A slot holds one frame and, unless the frame is the last of its episode, the transition that starts
-from it: action, summed reward and `not_done`. An episode of T transitions takes T + 1 slots, so its final
-observation is kept exactly. Stacked observations are rebuilt by index. Slots are named by their position in the
-whole stream of frames; position p lies at `p % slots`.
+The buffer is a ring of slots. A slot holds one frame and, unless the frame is the last of its episode, the transition
+that starts from it: action, summed reward and `not_done`. An episode of T transitions takes T + 1 slots, so its final
+observation is kept exactly. Stacked observations are rebuilt by index. Positions count all frames since the start of
+the run; position p is in slot `p % slots`.
 
-The frames themselves lie in a store of frames.py. With a journal (journal.py) everything that comes in is also written
-to disk, and read from there into another buffer.
+storage/frames.py stores the frames. storage/journal.py can write all incoming data to disk, from which another buffer
+can be filled.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from storage import journal
 from storage.frames import PackedFrames, RawFrames, flat, to_device
 from storage.run_folder import CHECKPOINT, load_config
 
-PACKED_BYTES = 5_000  # of a packed frame: an estimate, cartpole has 1,600 and walker 11,000
-MEMORY_CHECK_FRAMES = 100  # frames between two looks at the memory that is left
-RESERVE_BYTES = 200_000_000  # of memory that must stay free
+PACKED_BYTES = 5_000  # estimated size of a packed frame; cartpole has 1,600 and walker 11,000
+MEMORY_CHECK_FRAMES = 100  # frames between checks of the free memory
+RESERVE_BYTES = 200_000_000  # memory that must stay free
 
 
 class Batch(NamedTuple):
-    """B pairs of consecutive transitions; C = frame_stack * channels of a frame.
+    """B pairs of consecutive transitions; C = frame_stack * channels per frame.
 
-    Observations of a task's state are (B, C) float32 with C = frame_stack * state size.
+    State observations are (B, C) float32 with C = frame_stack * state size.
     """
 
     obs_prev: torch.Tensor  # (B, C, H, W) uint8, o_{t-1}
@@ -42,21 +42,21 @@ class Batch(NamedTuple):
     reward: torch.Tensor  # (B, 1) float32, r_t summed over the action repeat
     next_obs: torch.Tensor  # (B, C, H, W) uint8, o_{t+1}
     not_done: torch.Tensor  # (B, 1) float32, 0 after a true termination
-    second_obs: torch.Tensor | None = None  # another augmentation of o_t, where the auxiliary task asks for one
+    second_obs: torch.Tensor | None = None  # another augmentation of o_t, if the auxiliary task uses one
 
 
 class ReplayBuffer:
     """Ring buffer of single frames.
 
     Args:
-        config: see config.py. It holds `replay_buffer_capacity` transitions, no more than the run makes; with episodes
-            that end early the final frames take more slots than planned and it holds a little less.
-        obs_space: of the stacked observations, uint8 (C, H, W), or float32 (C,) of a state.
+        config: see config.py. The capacity is `replay_buffer_capacity` transitions, at most num_train_steps; it is
+            a little less when episodes end early, since their final frames take more slots than planned.
+        obs_space: space of the stacked observations, uint8 (C, H, W), or of states, float32 (C,).
         action_dim: |A|.
-        device: where batches go. The frames lie where `--replay_device` says.
+        device: device of the batches; `--replay_device` is that of the frames.
 
     Raises:
-        Refused: the frames do not fit in the memory that is available now; one line.
+        Refused: the frames do not fit in the free memory.
     """
 
     def __init__(self, config, obs_space, action_dim, device):
@@ -69,7 +69,7 @@ class ReplayBuffer:
         self._journal = None
 
         self._frame_shape = (obs_space.shape[0] // config.frame_stack, *obs_space.shape[1:])
-        # of batches: as the encoders look at pixels
+        # layout of batches: the encoders' for pixels
         self._layout = torch.channels_last if len(self._frame_shape) == 3 else torch.contiguous_format
         self._dtype = np.dtype(np.uint8 if obs_space.dtype == np.uint8 else np.float32)
         self._frames = self._make_store(config)
@@ -77,10 +77,10 @@ class ReplayBuffer:
         self._rewards = np.zeros(self.slots, np.float32)
         self._not_dones = np.zeros(self.slots, np.float32)
         self._ages = np.zeros(self.slots, np.int32)  # frames before this one in its episode
-        self._finals = np.ones(self.slots, bool)  # no transition starts here (yet)
+        self._finals = np.ones(self.slots, bool)  # whether no transition starts here (yet)
 
     def _make_store(self, config):
-        """Where the frames go: raw where they take less than half of what is free, unless a flag says otherwise."""
+        """The frame store; unless a flag says otherwise, raw if it takes less than half of the free memory."""
         raw = self.slots * math.prod(self._frame_shape) * self._dtype.itemsize
         packed = self.slots * PACKED_BYTES
         kind, place = config.replay_storage, config.replay_device
@@ -102,23 +102,23 @@ class ReplayBuffer:
         dtype = torch.from_numpy(np.empty(0, self._dtype)).dtype
         try:
             return {"raw": RawFrames, "lz4": PackedFrames}[kind](self.slots, self._frame_shape, dtype, place)
-        except RuntimeError as error:  # torch's way of saying that the allocation was refused
+        except RuntimeError as error:  # torch raises it for a failed allocation
             raise Refused(too_large) from error
 
     @property
     def nbytes(self):
-        """Bytes of everything stored."""
+        """Size of the stored data in bytes."""
         arrays = (self._actions, self._rewards, self._not_dones, self._ages, self._finals)
         return self._frames.nbytes + sum(array.nbytes for array in arrays)
 
     @property
     def description(self):
-        """What a run says of its replay: how its frames are stored, and the memory they take when it is full."""
+        """Text for the run's first line: how the frames are stored, and their memory when the buffer is full."""
         about = "about " if self._frames.name == "lz4" else ""
         return f"replay of {about}{self._estimate / 1e9:.2f} GB ({self._frames.name})"
 
     def check_memory(self):
-        """Raise `Stopped` while there is still room to save the run, if the frames grow out of the memory."""
+        """Raise `Stopped` if packed frames fill the memory, early enough to still save a checkpoint."""
         if self._frames.name == "raw" or self._stream % MEMORY_CHECK_FRAMES:
             return
         if (free := available_memory()) < RESERVE_BYTES:
@@ -139,8 +139,8 @@ class ReplayBuffer:
         self._write(next_obs, self._ages[slot] + 1, action, reward, terminated)
 
     def _write(self, obs, age, action, reward, terminated):
-        """The newest frame of `obs` into the next slot, and into the journal with what led to it."""
-        frame = np.asarray(obs)[-self._frame_shape[0] :].copy()  # the environment's is drawn over
+        """Write the newest frame of `obs` to the next slot, and with its transition to the journal."""
+        frame = np.asarray(obs)[-self._frame_shape[0] :].copy()  # the environment overwrites its own
         if age == 0:
             self._first = flat(frame)
         slot = self._stream % self.slots
@@ -156,24 +156,24 @@ class ReplayBuffer:
         return max(0, self._stream - self.slots)
 
     def _is_legal(self, positions):
-        """Whether o_{t-1} to o_{t+1} of each position t are of one episode and all their frames are still there."""
+        """Whether, per position t, o_{t-1} to o_{t+1} share an episode and all their frames are still stored."""
         slots = positions % self.slots
         ages = self._ages[slots]
         first_frame = positions - np.minimum(ages, self.frame_stack)
         return (ages >= 1) & ~self._finals[slots] & (first_frame >= self._oldest)
 
     def legal_positions(self):
-        """Every position t in the stream whose pair of transitions (t-1, t) can be sampled, (N,) int64."""
+        """All positions t whose pair of transitions (t-1, t) can be sampled, (N,) int64."""
         positions = np.arange(self._oldest, self._stream)
         return positions[self._is_legal(positions)]
 
     def sample(self, batch_size):
-        """A `Batch` of pairs drawn uniformly, with replacement, from `legal_positions`.
+        """A `Batch` of pairs sampled uniformly, with replacement, from `legal_positions`.
 
         Raises:
-            ValueError: no pair of transitions is stored.
+            ValueError: the buffer holds no pair of transitions.
         """
-        # Redrawing the few illegal ones costs the same however much is stored; listing the legal ones would not.
+        # redrawing the few illegal positions costs the same at any buffer size; listing all legal ones does not
         newest = max(self._stream, 1)
         positions = self._rng.integers(self._oldest, newest, batch_size)
         for _ in range(20):
@@ -187,17 +187,17 @@ class ReplayBuffer:
         return self.gather(self._rng.choice(legal, batch_size))
 
     def gather(self, positions):
-        """The `Batch` at these legal positions (B,)."""
+        """The `Batch` at the given legal positions (B,)."""
         slots = positions % self.slots
         previous = (positions - 1) % self.slots
         k = self.frame_stack
-        # k + 2 frames hold all three observations; those before the episode's start repeat its first frame
+        # k + 2 frames hold all three observations; before the episode's start its first frame repeats
         back = np.minimum(np.arange(k, -2, -1), self._ages[slots][:, None])  # (B, k + 2)
         window = (positions[:, None] - back) % self.slots
 
         frames = to_device(self._frames.read(window.ravel()), self.device)
         frames = frames.view(len(positions), -1, *self._frame_shape[1:])  # (B, (k + 2) * C, H, W)
-        frames = frames.contiguous(memory_format=self._layout)  # turned here once, not in each of the three stacks
+        frames = frames.contiguous(memory_format=self._layout)  # convert the layout once, not per stack
         channels = self._frame_shape[0]
 
         def stack(first):
@@ -217,30 +217,30 @@ class ReplayBuffer:
         )
 
     def open_journal(self, folder):
-        """From now on write what comes in to `folder` as well."""
+        """From now on, also write incoming data to a journal in `folder`."""
         self._journal = journal.Journal(folder, self._frame_shape, self._dtype, self._actions.shape[1])
 
     def commit(self):
-        """Bring the journal to the disk: {file name: (bytes, sha256)} of all that this buffer could be read from."""
+        """Flush the journal to disk; returns {file name: (bytes, sha256)} of the files that restore this buffer."""
         return self._journal.commit(self._oldest)
 
     def state_dict(self):
-        """What the journal does not hold."""
+        """State that the journal does not hold."""
         return {"rng": self._rng.bit_generator.state, "stream": self._stream}
 
     def load_state_dict(self, state):
-        """Restore what `state_dict` gave; after `read`."""
+        """Restore the result of `state_dict`; call after `read`."""
         if state["stream"] != self._stream:
             raise ValueError(f"the journal has {self._stream} frames and the checkpoint {state['stream']}")
         self._rng.bit_generator.state = state["rng"]
 
     def read(self, folder, files=None):
-        """Fill this empty buffer with the stream that a journal wrote to `folder`; see `journal.read`."""
+        """Fill this empty buffer from the journal in `folder`; see `journal.read`."""
         begun, self._journal, self._stream = self._journal, None, 0
         for position, frame, age, action, reward, terminated in journal.read(folder, files):
             if self._stream == 0:
                 self._stream = position
-            if position % 1000 == 0:  # a million take most of a minute
+            if position % 1000 == 0:  # a million frames take most of a minute
                 check_signals()
             if age == 0:
                 self.begin_episode(frame)
@@ -252,10 +252,10 @@ class ReplayBuffer:
 
     @classmethod
     def load(cls, run, device="cpu"):
-        """The replay of the run in folder `run`, which is not finished or was made with --keep_checkpoint.
+        """The replay of the run in folder `run`, which is unfinished or used --keep_checkpoint.
 
         Raises:
-            Refused: the folder holds no run. FileNotFoundError: it holds no replay.
+            Refused: the folder holds no run. FileNotFoundError: the run has no replay.
         """
         config = dataclasses.replace(load_config(run), replay_device="auto")
         folder = pathlib.Path(run) / CHECKPOINT
@@ -268,5 +268,5 @@ class ReplayBuffer:
 
 
 def _available(device):
-    """Bytes that are free on a device."""
+    """Free memory of a device in bytes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

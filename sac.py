@@ -1,15 +1,15 @@
 """Soft actor-critic from pixels (Haarnoja et al., arXiv 1812.05905; Yarats et al., arXiv 1910.01741).
 
-`SAC` owns the encoder and trains it with the critic's loss and with the loss of one auxiliary task, or of none. The
-auxiliary is a module with
-    loss(batch, z, encoder, target_encoder, detailed) -> (loss, metrics), z the latents of batch.obs with gradient
-    parameter_groups() -> groups for Adam: its own parameters, and their rates
-    encoder_lr, beta2: rate of the encoder in its step; beta2 of its Adam
+`SAC` owns the encoder and trains it with the critic's loss and, optionally, the loss of one auxiliary task. The
+auxiliary task is a module with
+    loss(batch, z, encoder, target_encoder, detailed) -> (loss, metrics), where z = encoder(batch.obs) with gradient
+    parameter_groups() -> Adam groups of its own parameters and their learning rates
+    encoder_lr, beta2: the encoder's learning rate in the task's step; Adam's beta2 in that step
     warmup_updates, max_grad_norm, grad_ratio: see --cody_warmup_updates, --cody_max_grad_norm and --cody_grad_ratio
-    update_targets() -> EMA step of its own targets
-    update_freq -> updates between its steps
-    augmented -> {field of Batch: field it is an augmentation of}, beside `obs` and `next_obs`
-    images(batch, encoder) -> {name: (N, 3, H, W)} to look at
+    update_targets(): EMA step of the task's own target networks
+    update_freq: updates between the task's steps
+    augmented: {field of Batch: the field it augments}, in addition to `obs` and `next_obs`
+    images(batch, encoder) -> {name: (N, 3, H, W)} for TensorBoard
 """
 
 import copy
@@ -30,8 +30,8 @@ class Actor(nn.Module):
     """Policy pi(a|o) on the shared conv features.
 
     Args:
-        head: its own, from conv features to a latent of dimension `latent_dim`.
-        action_dim: |A|; hidden_dim: of the two hidden layers.
+        head: the actor's own module from conv features to a latent of dimension `latent_dim`.
+        action_dim, hidden_dim: |A|, and the width of the two hidden layers.
         log_std_min, log_std_max: range of the log standard deviation.
     """
 
@@ -42,7 +42,7 @@ class Actor(nn.Module):
         self.log_std_min, self.log_std_max = log_std_min, log_std_max
 
     def forward(self, features):
-        """Conv features (B, feature_dim) -> mu and log sigma of the Gaussian before tanh, each (B, |A|)."""
+        """Conv features (B, feature_dim) -> mu and log sigma of the pre-tanh Gaussian, each (B, |A|)."""
         mu, log_std = self.trunk(self.head(features)).chunk(2, dim=-1)
         span = self.log_std_max - self.log_std_min
         return mu, self.log_std_min + 0.5 * span * (torch.tanh(log_std) + 1)
@@ -52,13 +52,13 @@ def squashed_sample(mu, log_std, noise):
     """a = tanh(mu + sigma * noise) and its log probability, (B, |A|) and (B, 1)."""
     pi = torch.tanh(mu + noise * log_std.exp())
     log_pi = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
-    # d tanh(u)/du = 1 - tanh(u)^2; the released code's guard against its log at saturation
+    # d tanh(u)/du = 1 - tanh(u)^2; relu and 1e-6 guard the log at saturation, as released
     log_pi = log_pi - torch.log(F.relu(1 - pi.square()) + 1e-6).sum(-1, keepdim=True)
     return pi, log_pi
 
 
 class Critic(nn.Module):
-    """Two Q networks on the latent: (B, d), (B, |A|) -> (B, 1), (B, 1). `latent_input` comes before both."""
+    """Two Q networks on the latent: (B, d), (B, |A|) -> (B, 1), (B, 1). `latent_input` is applied to the latent."""
 
     def __init__(self, latent_input, latent_dim, action_dim, hidden_dim):
         super().__init__()
@@ -72,16 +72,16 @@ class Critic(nn.Module):
 
 
 class SAC(nn.Module):
-    """The agent: acting, and one gradient update per batch.
+    """The agent: acts, and takes one gradient update per batch.
 
     Args:
         config: see config.py.
-        obs_shape: (C, H, W) that the encoder sees, or (n,) of a state.
+        obs_shape: shape of the encoder's input, (C, H, W), or (n,) for states.
         action_dim: |A|.
         make_auxiliary: latent dimension -> auxiliary task or None; see the module's docstring.
-        augment: random augmentation of a (B, C, H, W) batch for training, `times` of each image.
-        crop: deterministic crop of the same for acting.
-        device: where everything runs.
+        augment: random augmentation of a (B, C, H, W) batch for training, `times` per image.
+        crop: deterministic crop of such a batch for acting.
+        device: torch device of all networks.
     """
 
     def __init__(self, config, obs_shape, action_dim, make_auxiliary, augment, crop, device):
@@ -104,7 +104,7 @@ class SAC(nn.Module):
             module.apply(weight_init)
         if config.conv_init == "orthogonal":
             self.encoder.apply(orthogonal_convs)
-        # after the initialisation, so that targets start equal to their online networks
+        # copied after initialization, so that targets equal their online networks
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_entropy = -action_dim
@@ -134,11 +134,11 @@ class SAC(nn.Module):
 
     @property
     def optimizers(self):
-        """{name: optimizer} of all there are; with the networks they are the agent's whole state."""
+        """{name: optimizer}; with the networks they are the agent's whole state."""
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.optim.Optimizer)}
 
     def _compile(self):
-        """torch.compile every network, with CUDA graphs where there is CUDA."""
+        """torch.compile every network, on CUDA with CUDA graphs."""
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         networks = [self.encoder.convs, self.encoder.head, self.target_encoder.convs, self.target_encoder.head]
         networks += [self.actor, self.critic, self.target_critic]
@@ -147,7 +147,7 @@ class SAC(nn.Module):
             network.compile(dynamic=False, mode=mode)
 
     def _begin(self):
-        """CUDA graphs: what the networks have computed so far may be overwritten from here."""
+        """Tell CUDA graphs that they may overwrite all earlier outputs of the networks."""
         if self.config.compile:
             torch.compiler.cudagraph_mark_step_begin()
 
@@ -156,14 +156,14 @@ class SAC(nn.Module):
         """Action for one observation: sampled, or tanh of the mean.
 
         Args:
-            obs: (C, H, W) uint8, or (n,) float32 of a state.
+            obs: (C, H, W) uint8, or a state, (n,) float32.
             sample: whether to sample.
 
         Returns:
             (|A|,) float32 in [-1, 1].
 
         Raises:
-            FloatingPointError: the policy has diverged and gives no finite action, which would break the physics.
+            FloatingPointError: the policy diverged; a non-finite action would break the physics.
         """
         self._begin()
         obs = self._crop(torch.as_tensor(obs, device=self.device)[None])
@@ -175,10 +175,10 @@ class SAC(nn.Module):
         return action
 
     def augment(self, batch):
-        """The batch with each observation that is looked at augmented independently.
+        """The batch with each observation that the losses use augmented independently.
 
-        `obs` and `next_obs` have `--critic_augmentations` and `--target_augmentations` times B images, those of the
-        first augmentation first.
+        `obs` and `next_obs` get `--critic_augmentations` and `--target_augmentations` times B images, ordered by
+        augmentation.
         """
         fields = {}
         for field, source in self._augmented.items():
@@ -186,7 +186,7 @@ class SAC(nn.Module):
         return batch._replace(**fields)
 
     def images(self, batch):
-        """Pictures of what the networks see and make of it: {name: (N, 3, H, W)}; none of a state."""
+        """Augmented inputs and the auxiliary task's images: {name: (N, 3, H, W)}; none for states."""
         if batch.obs.dim() != 4:
             return {}
         images = {f"augmented/{field}": getattr(batch, field)[:4, -3:] for field in self._augmented}  # newest frames
@@ -198,12 +198,12 @@ class SAC(nn.Module):
         """One update on an augmented batch.
 
         Args:
-            batch: what `augment` returned.
-            index: of the update; the first of a run is init_steps * updates_per_step, as in the released code.
-            detailed: also compute the metrics that cost something.
+            batch: the result of `augment`.
+            index: index of the update; a run's first is init_steps * updates_per_step, as in the released code.
+            detailed: whether to also compute the expensive metrics.
 
         Returns:
-            Metrics, a dictionary of 0-d tensors that stay where they were computed.
+            Metrics, a dictionary of tensors that stay on their device.
         """
         self._begin()
         B = len(batch.reward)
@@ -213,9 +213,9 @@ class SAC(nn.Module):
         return {name: value.detach() for name, value in metrics.items()}
 
     def _sequential(self, batch, first, index, detailed):
-        """The released order: critic; actor, temperature and targets; auxiliary task. Each sees the steps before it.
+        """The released order: critic; actor, temperature and targets; auxiliary task. Each sees the previous steps.
 
-        `batch` has every augmentation, for the critic and its target, `first` the first of each.
+        `batch` has all augmentations, for the critic and its target; `first` only the first of each.
         """
         actor_due, targets_due, auxiliary_due = self._due(index)
         target_encoder = CachedEncoder(self.target_encoder)
@@ -244,10 +244,10 @@ class SAC(nn.Module):
         return metrics
 
     def _joint(self, batch, first, index, detailed):
-        """A departure (docs/algorithm.md): critic and auxiliary losses before any step, one encoder step.
+        """Unlike the released code (docs/algorithm.md): one encoder step for the critic and auxiliary losses together.
 
-        One forward of o_t serves critic, auxiliary and actor. Each loss's gradient goes down to its latent, and both
-        together go through the encoder. The actor comes last, as in the released order, on the old conv features.
+        All share one forward of o_t. Backward runs from each loss to its latent, then once through the encoder with
+        both gradients. The actor steps last, as in the released order, on the features from before the encoder step.
         """
         actor_due, targets_due, auxiliary_due = self._due(index)
         encoder, target_encoder = CachedEncoder(self.encoder), CachedEncoder(self.target_encoder)
@@ -285,15 +285,15 @@ class SAC(nn.Module):
         """Scale the auxiliary loss's gradient at the latent to `grad_ratio` times the norm of the critic's.
 
         Args:
-            z_critic, z_auxiliary: latents with the gradient of either loss; norms are over the whole batch.
+            z_critic, z_auxiliary: latents with the respective loss's gradient; norms are over the whole batch.
 
         Returns:
-            Metrics: the ratio of the norms before scaling, and what the scale was.
+            Metrics: the ratio of the norms before scaling, and the scale.
         """
         critic_norm, auxiliary_norm = z_critic.grad.norm(), z_auxiliary.grad.norm()
         metrics = {"latent_grad_ratio": auxiliary_norm / critic_norm}
         if self.auxiliary.grad_ratio is not None:
-            auxiliary_norm = auxiliary_norm.clamp_min(torch.finfo().tiny)  # no 0 / 0
+            auxiliary_norm = auxiliary_norm.clamp_min(torch.finfo().tiny)  # avoid 0 / 0
             scale = (self.auxiliary.grad_ratio * critic_norm / auxiliary_norm).clamp_max(MAX_GRAD_SCALE)
             z_auxiliary.grad.mul_(scale)
             metrics["cody_grad_scale"] = scale
@@ -301,13 +301,13 @@ class SAC(nn.Module):
         return metrics
 
     def _head_grad_norm(self, features, z):
-        """Norm of a loss's gradient at the weights of the encoder's head, from its gradient at the latents `z`."""
+        """Norm of a loss's gradient at the encoder head's weights, from its gradient at the latents `z`."""
         head = self.encoder.head
-        latents = head.forward(features.detach())  # not the compiled head, which keeps its graph for one backward
+        latents = head.forward(features.detach())  # the compiled head frees its graph after one backward
         return nn.utils.get_total_norm(torch.autograd.grad(latents, list(head.parameters()), z.grad))
 
     def _due(self, index):
-        """Which steps update `index` takes: actor (with temperature), targets, auxiliary."""
+        """Whether update `index` steps the actor (with the temperature), the targets and the auxiliary task."""
         c = self.config
         auxiliary_due = self.auxiliary is not None and index % self.auxiliary.update_freq == 0
         return index % c.actor_update_freq == 0, index % c.critic_target_update_freq == 0, auxiliary_due
@@ -332,7 +332,7 @@ class SAC(nn.Module):
         return batch.reward + self.config.discount * batch.not_done * value
 
     def _critic_loss(self, z, action, target_q):
-        """The mean over the augmentations in z (M * B, d), of each against the same target."""
+        """Critic loss averaged over the M augmentations in z (M * B, d), all with the same target."""
         times = len(z) // len(action)
         action, target_q = action.repeat(times, 1), target_q.repeat(times, 1)
         q1, q2 = self.critic(z, action)
@@ -340,7 +340,7 @@ class SAC(nn.Module):
         return critic_loss, {"critic_loss": critic_loss, "q": q1.mean(), "target_q": target_q.mean()}
 
     def _update_actor(self, features):
-        """Actor and temperature, on conv features (B, feature_dim) without gradient."""
+        """Step actor and temperature on conv features (B, feature_dim) without gradient."""
         mu, log_std = self.actor(features)
         pi, log_pi = squashed_sample(mu, log_std, torch.randn_like(mu))
         with torch.no_grad():
@@ -362,9 +362,9 @@ class SAC(nn.Module):
     def _auxiliary_step(self, index, norm, *leaves):
         """Step the auxiliary task's optimizer, with its clip and its warm-up.
 
-        The clip is of the norm over all gradients of the task's loss: `norm` of the optimizer's own parameters, and
-        those of the `leaves`, which go on to an optimizer that is not the task's own. The warm-up multiplies the rates,
-        and the gradients of the leaves.
+        The clip bounds the norm over all gradients of the task's loss: `norm`, over the optimizer's own parameters, and
+        the gradients of the `leaves`, which another optimizer applies. The warm-up scales the learning rates and the
+        gradients of the leaves.
         """
         groups, task, c = self.auxiliary_optimizer.param_groups, self.auxiliary, self.config
         if task.max_grad_norm is not None:
@@ -381,16 +381,16 @@ class SAC(nn.Module):
         self.auxiliary_optimizer.step()
 
     def _step(self, loss, optimizer, *leaves):
-        """`_backward` and the optimizer's step; returns the norm."""
+        """`_backward`, then step the optimizer; returns the gradient norm."""
         norm = self._backward(loss, optimizer, *leaves)
         optimizer.step()
         return norm
 
     @staticmethod
     def _backward(loss, optimizer, *leaves):
-        """The loss's gradient for the optimizer's own parameters only; returns its norm.
+        """Backpropagate to the optimizer's own parameters only; returns the norm of their gradient.
 
-        `leaves`: tensors that receive the gradient as well.
+        `leaves`: further tensors that receive the gradient.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad()

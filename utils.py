@@ -1,4 +1,4 @@
-"""Small tools of networks: seeds, weight initialisation, soft update, MLPs, gradient norms."""
+"""Network utilities: seeds, weight initialisation, soft update, MLPs, gradient norms."""
 
 import random
 
@@ -8,14 +8,14 @@ from torch import nn
 
 
 def seed_everything(seed):
-    """Seed Python, NumPy and torch (all devices)."""
+    """Seed Python, NumPy and torch on all devices."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 class GlobalRandomness:
-    """The generators that `seed_everything` seeds, of GPUs the one in use, as a part of a checkpoint."""
+    """State of the generators that `seed_everything` seeds (of GPUs, the one in use), for checkpoints."""
 
     def state_dict(self):
         kind, keys, *rest = np.random.get_state()
@@ -31,12 +31,12 @@ class GlobalRandomness:
         kind, keys, *rest = state["numpy"]
         np.random.set_state((kind, np.array(keys, np.uint32), *rest))
         torch.set_rng_state(state["torch"])
-        if torch.cuda.is_available() and state["cuda"]:  # none, if the run has been on the CPU until now
+        if torch.cuda.is_available() and state["cuda"]:  # empty if the run was on the CPU until now
             torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def mlp(input_dim, hidden_dim, output_dim, hidden_layers):
-    """Linear layers with a ReLU after each but the last: (B, input_dim) -> (B, output_dim)."""
+    """Linear layers with ReLUs in between: (B, input_dim) -> (B, output_dim)."""
     layers = []
     for _ in range(hidden_layers):
         layers += [nn.Linear(input_dim, hidden_dim), nn.ReLU()]
@@ -55,7 +55,7 @@ def weight_init(module):
     elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.zeros_(module.weight)
         middle = module.weight.shape[-1] // 2
-        # through a copy: orthogonal_ reshapes in place, which a strided centre tap does not allow
+        # via a copy: orthogonal_ reshapes in place, which fails on a strided centre tap
         centre = nn.init.orthogonal_(torch.empty(module.weight.shape[:2]), gain=nn.init.calculate_gain("relu"))
         with torch.no_grad():
             module.weight[:, :, middle, middle] = centre
@@ -63,7 +63,7 @@ def weight_init(module):
 
 
 def orthogonal_convs(module):
-    """Convolutions orthogonal over the whole kernel, gain sqrt(2), as DrQ's; for `module.apply`."""
+    """Convolutions orthogonal over the whole kernel, gain sqrt(2), as in DrQ; for `module.apply`."""
     if isinstance(module, nn.Conv2d):
         weight = torch.empty(module.weight.shape)  # contiguous, which orthogonal_ needs
         with torch.no_grad():
@@ -79,5 +79,5 @@ def soft_update(net, target, tau):
 
 
 def grad_norm(parameters):
-    """L2 norm of all gradients together, a 0-d tensor; parameters without a gradient are left out."""
+    """L2 norm over all gradients, a 0-d tensor; skips parameters without a gradient."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
