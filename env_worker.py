@@ -1,6 +1,6 @@
-"""A task as the loop drives it: `start` a step, do something else, `finish` it.
+"""Environments with a split step: `start` it, do something else, `finish` it.
 
-`WorkerEnv` steps in a process of its own, beside the caller; `SerialEnv` here, when the result is asked for. Physics
+`WorkerEnv` steps in its own process, in parallel to the caller; `SerialEnv` steps in this process, in `finish`. Physics
 and frames are the same, so a run gives the same numbers with either.
 """
 
@@ -21,14 +21,14 @@ import rendering
 from endings import Ending, signals_kept_from_children
 from machine import available_cores
 
-EVAL_WORKERS = 4  # processes of one run's evaluation at most
-PHYSICS_ERRORS = 10  # episodes in a row that may end since the physics diverged
+EVAL_WORKERS = 4  # maximum number of processes for one run's evaluation
+PHYSICS_ERRORS = 10  # consecutive episodes with diverged physics that stop a run
 
 
 def make_env(config, seed):
-    """The config's task; observations (3 * frame_stack, size, size) uint8, the first frame repeated at reset.
+    """The config's task, with observations (3 * frame_stack, size, size) uint8 that repeat the first frame at reset.
 
-    With the identity encoder: the stacked states, (n,) float32.
+    With the identity encoder, observations are the stacked states, (n,) float32.
     """
     size = config.pre_transform_image_size
     env = dmc2gym.make(
@@ -50,25 +50,25 @@ def make_env(config, seed):
 
 
 class Restorable:
-    """An environment whose state can be saved and restored, its sampling of actions included."""
+    """Mixin to save and restore an environment's state, including the generator of its random actions."""
 
     def state_dict(self):
-        """Of a moment between two steps."""
-        import torch  # here alone: it is nearly half of the size of a worker, which does not need it
+        """State between two steps."""
+        import torch  # imported here: workers do not need it and would nearly double in size
 
         sampling = self.action_space.np_random.bit_generator.state
         return {"episode": self.episode_state(), "obs": torch.from_numpy(self.obs), "sampling": sampling}
 
     def load_state_dict(self, state):
-        """Come to the state that `state_dict` was of, by taking the episode's steps again without drawing."""
+        """Restore the result of `state_dict` by replaying the episode's actions, without rendering."""
         self.restore(state["episode"], state["obs"].numpy())
         self.action_space.np_random.bit_generator.state = state["sampling"]
 
 
 class SerialEnv(Restorable):
-    """One environment of `make_env` in this process.
+    """An environment of `make_env` in this process.
 
-    `observation_space`, `action_space` and `metadata` are the environment's, `obs` is the last observation.
+    `observation_space`, `action_space` and `metadata` are the environment's; `obs` is the last observation.
     """
 
     def __init__(self, config, seed):
@@ -79,19 +79,19 @@ class SerialEnv(Restorable):
         self._physics_errors = 0  # in a row
 
     def reset(self, seed=None):
-        """First observation of an episode; `seed` restarts the task's random state."""
+        """Start an episode and return its first observation; `seed` reseeds the task's random state."""
         self.obs = self._env.reset(seed=seed)[0]
         return self.obs
 
     def start(self, action):
-        """Take one decision's step with `action` (|A|,)."""
+        """Start one decision's step with `action` (|A|,)."""
         self._action = action
 
     def finish(self):
-        """Its observation, reward, terminated and truncated; the observation is None if the physics has diverged.
+        """The step's observation, reward, terminated and truncated; the observation is None if the physics diverged.
 
         Raises:
-            Ending: that has ended `PHYSICS_ERRORS` episodes in a row.
+            Ending: the physics diverged in `PHYSICS_ERRORS` episodes in a row.
         """
         obs, reward, terminated, truncated, info = self._env.step(self._action)
         if "physics_error" in info:
@@ -106,15 +106,15 @@ class SerialEnv(Restorable):
         return obs, reward, terminated, truncated
 
     def episode_state(self):
-        """Where the episode stands, not between `start` and `finish`; without the last observation."""
+        """State of the episode, without the last observation; not between `start` and `finish`."""
         return {"steps": self._env.unwrapped.state_dict(), "physics_errors": self._physics_errors}
 
     def restore(self, episode_state, obs):
-        """Come to the state that `episode_state` was of, and `obs` the last observation."""
+        """Restore the result of `episode_state`; `obs` is the last observation."""
         stack = self._env.env  # FrameStackObservation
         frames = obs.reshape(-1, *stack.observation_space.shape[1:])
         self._env.unwrapped.load_state_dict(episode_state["steps"], frames[-1])
-        stack.obs_queue.extend(frames)  # pushes the ones before out
+        stack.obs_queue.extend(frames)  # pushes older frames out
         self._physics_errors = episode_state["physics_errors"]
         self.obs = obs
 
@@ -123,23 +123,23 @@ class SerialEnv(Restorable):
         return self._env.unwrapped.render(height, width)
 
     def close(self):
-        """Free what the environment holds."""
+        """Free the environment's resources."""
         self._env.close()
 
 
 class WorkerEnv(Restorable):
-    """As `SerialEnv`, in a process of its own, which also owns the rendering context.
+    """A `SerialEnv` in its own process, which also owns the rendering context.
 
-    The worker ends when this process does, however that ends, and the signals of a cluster or a terminal do not reach
-    it. (Gymnasium's AsyncVectorEnv does the same with tracebacks at each.) Several workers start at once: the first use
-    of each waits for it.
+    The worker exits when this process does, even if killed, and does not receive signals from a cluster or terminal.
+    (Gymnasium's AsyncVectorEnv prints a traceback in each case.) Several workers start in parallel: the constructor
+    returns at once, and the first use of each waits until it is ready.
 
     Raises, from any method:
-        Ending: what the environment raised, or that the worker has died.
+        Ending: the environment raised it, or the worker died.
     """
 
     def __init__(self, config, seed):
-        rendering.select_gl_backend(required=config.encoder_type != "identity")  # for all workers, which inherit it
+        rendering.select_gl_backend(required=config.encoder_type != "identity")  # all workers inherit it
         self._pipe, theirs = multiprocessing.Pipe()
         with theirs, signals_kept_from_children():
             command = [sys.executable, str(pathlib.Path(__file__).resolve()), str(theirs.fileno())]
@@ -188,7 +188,7 @@ class WorkerEnv(Restorable):
         self._process.wait()
 
     def _described(self):
-        """(observation_space, action_space, metadata), the worker's first message."""
+        """(observation_space, action_space, metadata), from the worker's first message."""
         if self._spaces is None:
             self._spaces = self._receive()
         return self._spaces
@@ -199,7 +199,7 @@ class WorkerEnv(Restorable):
         return self._receive()
 
     def _send(self, message):
-        with contextlib.suppress(OSError):  # the worker is dead: `_receive` will say so
+        with contextlib.suppress(OSError):  # the worker is dead; `_receive` raises
             self._pipe.send(message)
 
     def _receive(self):
@@ -215,10 +215,10 @@ class WorkerEnv(Restorable):
 
 
 def work(pipe):
-    """A worker: make the environment of the first message, then answer the others until the caller is gone."""
+    """Worker loop: make the environment from the first message, then answer messages until the caller is gone."""
     with contextlib.suppress(EOFError, OSError):
         config, seed = pipe.recv()
-        importlib.import_module("dm_control.suite")  # with the backend that the caller has chosen
+        importlib.import_module("dm_control.suite")  # with the backend chosen by the caller
         try:
             env = SerialEnv(config, seed)
             pipe.send((env.observation_space, env.action_space, env.metadata))
@@ -234,12 +234,12 @@ def work(pipe):
 
 
 def open_env(config, seed):
-    """The environment that a run trains in."""
+    """The training environment."""
     return (WorkerEnv if config.env_worker else SerialEnv)(config, seed)
 
 
 def open_eval_envs(config, episodes):
-    """Environments for `evaluate`: without workers one, else as many as have a core and something to do."""
+    """Environments for `evaluate`: one without workers, else at most one per episode, core and `EVAL_WORKERS`."""
     if not config.env_worker:
         return [SerialEnv(config, config.seed)]
     return [WorkerEnv(config, config.seed) for _ in range(min(episodes, available_cores(), EVAL_WORKERS))]

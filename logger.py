@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the console, JSON lines (train.log, eval.log), TensorBoard and Weights & Biases."""
+"""Logging of a run's metrics: console, JSON lines (train.log, eval.log), TensorBoard and Weights & Biases."""
 
 import collections
 import contextlib
@@ -24,7 +24,7 @@ from machine import bf16_time_ratio
 from rendering import renderer
 from storage.run_folder import load_rows, run_id
 
-# name in the logs -> column on the console, as the released code's logger shows them
+# name in the logs -> console column, as in the released code's logger
 TRAIN_COLUMNS = {
     "episode": "E",
     "step": "S",
@@ -40,18 +40,18 @@ TRAIN_COLUMNS = {
     "updates_per_s": "U/S",
     "wall_seconds": "T",
 }
-MEDIAN_WINDOW = 20  # readings in the running median of the divergence warning; it needs half of them
-COLLAPSED = {"latent_std": 0.05, "latent_rank": 3}  # a reading below either shows collapsed latents
-COLLAPSE_AFTER = 2_000  # updates; new encoders look collapsed, healthy ones are past 0.5 and 20 well before
-WANDB_SECONDS = 20  # at the end of a run for what is not yet uploaded; a cluster may wait 30 before it kills
+MEDIAN_WINDOW = 20  # reads in the running median of the divergence warning, which needs at least half of them
+COLLAPSED = {"latent_std": 0.05, "latent_rank": 3}  # latents below either value have collapsed
+COLLAPSE_AFTER = 2_000  # updates; new encoders look collapsed, healthy ones pass 0.5 and 20 well before
+WANDB_SECONDS = 20  # limit for uploads at a run's end; a cluster may kill a job after 30
 EVAL_COLUMNS = {"episode": "E", "step": "S", "episode_reward": "R", "duration": "D"}
 
 
 class Logger:
-    """Collects metrics on the device and writes them out at the pace of the run.
+    """Collects metrics on the device and writes them to all logs.
 
     Args:
-        folder: of the run, for train.log, eval.log and tb/.
+        folder: the run's folder, for train.log, eval.log and tb/.
         config: see config.py.
     """
 
@@ -59,53 +59,53 @@ class Logger:
         self._folder = pathlib.Path(folder)
         self._config = config
         self._writer = self._wandb = None
-        self._purge_step = 0  # environment step from which TensorBoard is to forget what it has read
+        self._purge_step = 0  # environment step from which TensorBoard discards earlier events
         self._unread = []  # (step, metrics still on the device)
-        self._means = []  # of the intervals read since the last train row: {metric: (number of its values, mean)}
-        self._last = "none"  # the last metrics read, for the message of a run that stops
+        self._means = []  # per read since the last train row: {metric: (number of values, mean)}
+        self._last = "none"  # the last metrics read, for the message when a run diverges
         self._step = 0
-        self._row_time = time.monotonic()  # which no setting of the clock moves
+        self._row_time = time.monotonic()  # immune to clock changes
         self._start = self._row_time - (time.time() - psutil.Process().create_time())
-        self._row_step, self._row_updates = 0, 0  # decisions before the last train row, updates since
+        self._row_step, self._row_updates = 0, 0  # decisions at the last train row, updates since
         self._physics_errors = 0
         self._divergence_factor = config.divergence_factor
         self._watched = {name: collections.deque(maxlen=MEDIAN_WINDOW) for name in ("kl", "critic_loss")}
-        self._warned = False  # in this episode
-        self._collapsed = 0  # readings in a row with collapsed latents; at 2 it has been warned of
-        # no bar where there is no terminal: then the rows alone, as plain lines
+        self._warned = False  # whether in this episode
+        self._collapsed = 0  # consecutive reads with collapsed latents; 2: warned
+        # without a terminal, print only rows, no progress bar
         self._bar = tqdm(total=config.num_train_steps, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
 
     def open(self):
-        """Begin the TensorBoard events, if they are asked for, of a run whose args.json is there.
+        """Start the TensorBoard events if --save_tb; needs the run's args.json.
 
-        Their file names the step that a resumed run starts from.
+        The event file records the step at which a run resumes.
 
         Raises:
-            OSError: Weights & Biases has refused.
+            OSError: Weights & Biases refused the run.
         """
         if not self._config.save_tb:
             return
         run, number = run_id(self._folder), len(self._event_files())
         if self._config.wandb:
             self._wandb = _open_wandb(self._folder, self._config, run)
-        # a TensorBoard that is watching ignores the step of a run's first file, so that one has a step too
-        # host and process may be those of an earlier file, as in a container that is started again
+        # a running TensorBoard ignores the purge step of a run's first file, so that file has one too
+        # the number keeps names apart: host and process id may repeat, as in a restarted container
         self._writer = SummaryWriter(self._folder / "tb", purge_step=self._purge_step, filename_suffix=f".{number}")
         if number == 0:
             self._writer.add_custom_scalars(dashboard.LAYOUT)
-            row = f"{self._folder} {run}"  # sorts and reads well, and no two runs share it
+            row = f"{self._folder} {run}"  # unique, sortable and readable
             self._writer.file_writer.add_summary(dashboard.hparams(self._config, row))
 
     def record(self, step, metrics):
-        """Keep an update's metrics (tensors) where they are until `read`."""
+        """Keep an update's metrics (tensors) on their device until `read`."""
         self._unread.append((step, metrics))
         self._row_updates += 1
 
     def read(self):
-        """Bring the recorded metrics to the host: their means go to TensorBoard and into the next train row.
+        """Copy the recorded metrics to the host; their means go to TensorBoard and into the next train row.
 
         Raises:
-            Diverged: one of the losses was not finite; names the first, its step and the last metrics.
+            Diverged: a loss is not finite; the message names the first one, its step and the last metrics.
         """
         if not self._unread:
             return
@@ -117,7 +117,7 @@ class Logger:
         self._unread = []
         bad, means = [], {}
         for name, column in columns.items():
-            device = column[-1][1].device  # those of a checkpoint are on the CPU
+            device = column[-1][1].device  # metrics from a checkpoint are on the CPU
             values = torch.stack([value.to(device) for _, value in column]).double()
             means[name] = values.mean(dim=0).tolist()
             if name.endswith("loss") and not math.isfinite(means[name]):
@@ -133,7 +133,7 @@ class Logger:
         self._watch_latents(last_step, means)
 
     def explain(self, error):
-        """`Diverged` for a FloatingPointError: the loss that was not finite, if there was one."""
+        """`Diverged` for a FloatingPointError; its message names the non-finite loss, if there is one."""
         try:
             self.read()
         except Diverged as loss:
@@ -141,7 +141,7 @@ class Logger:
         return Diverged(f"{error} at step {self._step}; last metrics: {self._last}")
 
     def announce(self, folder, device, replay, resumed_at):
-        """The first line of a run: folder, seed, threads, device, precision, renderer, memory of the replay."""
+        """Print a run's first line: folder, seed, device, threads, precision, renderer, replay memory."""
         c, backend = self._config, os.environ.get("MUJOCO_GL")
         drawn = f"drawn by {backend}, {renderer(backend)}"
         sees = f"frames {drawn}"
@@ -157,7 +157,7 @@ class Logger:
             )
 
     def _watch(self, step, means):
-        """One plain line per episode when KL or the critic loss has left its usual size."""
+        """Warn, once per episode, when the KL or critic loss exceeds a multiple of its running median."""
         for name, window in self._watched.items():
             if name not in means:
                 continue
@@ -171,7 +171,7 @@ class Logger:
             window.append(means[name])
 
     def _watch_latents(self, step, means):
-        """One line in a run when two readings in a row show collapsed latents; only LayerNorm gives them a scale."""
+        """Warn, once per run, when two reads in a row show collapsed latents; only LayerNorm fixes their scale."""
         c = self._config
         updates = (step - c.init_steps) * c.updates_per_step
         if self._collapsed == 2 or updates < COLLAPSE_AFTER or (c.agent, c.encoder_type) != ("cody_sac", "pixel"):
@@ -179,7 +179,7 @@ class Logger:
         low = [f"{name} {means[name]:.3g}" for name, bound in COLLAPSED.items() if means.get(name, bound) < bound]
         if low:
             self._collapsed += 1
-        elif "latent_rank" in means:  # else between two readings, as before an evaluation
+        elif "latent_rank" in means:  # absent between detailed updates, as before an evaluation
             self._collapsed = 0
         if self._collapsed == 2:
             self.message(
@@ -187,9 +187,9 @@ class Logger:
             )
 
     def train_row(self, step, **values):
-        """End of a training episode: its values, how fast it was, and the means of what was read since the last row."""
+        """Log the end of a training episode: its values, its speed, and the mean metrics since the last row."""
         now = time.monotonic()
-        seconds = now - self._row_time  # without the evaluations
+        seconds = now - self._row_time  # excludes evaluations
         rates = {
             "duration": seconds,
             "decisions_per_s": (step - self._row_step) / seconds,
@@ -207,14 +207,14 @@ class Logger:
         self._events(step, {"train_episode_reward": values["episode_reward"], **rates})
 
     def physics_error(self, step, episode):
-        """One line about an episode that ended since its physics diverged; counted in the train rows."""
+        """Warn that the physics diverged and ended an episode; the train rows count these."""
         self._physics_errors += 1
         self.message(f"warning: the physics diverged at step {step}: episode {episode} ends there")
 
     def eval_row(self, step, **values):
-        """End of an evaluation, which took `values["duration"]` seconds."""
-        self.read()  # a loss that is not finite stops the run here at the latest
-        self._row_time += values["duration"]  # the training episode stood still meanwhile
+        """Log an evaluation, which took `values["duration"]` seconds."""
+        self.read()  # a non-finite loss stops the run here at the latest
+        self._row_time += values["duration"]  # the training episode paused meanwhile
         self._row("eval", step, values, EVAL_COLUMNS, "green")
         if self._writer:
             best = max(row["episode_reward"] for row in load_rows(self._folder, "eval.log"))
@@ -223,8 +223,8 @@ class Logger:
             self._events(step, {f"eval_{name}": value for name, value in scalars.items()})
 
     def media(self, step, images, named_parameters):
-        """TensorBoard only: {name: (N, 3, H, W)} images, and histograms of parameters."""
-        self.read()  # parameters that are not finite have no histogram: the loss says so better
+        """Write images {name: (N, 3, H, W)} and histograms of parameters to TensorBoard."""
+        self.read()  # histograms fail on non-finite parameters; the loss gives a better message
         if not (self._writer and self._config.tb_media):
             return
         env_step = step * self._config.action_repeat
@@ -240,16 +240,16 @@ class Logger:
         self._step = step
 
     def message(self, text):
-        """A line on the console, above the progress bar.
+        """Print a line on the console, above the progress bar.
 
-        A console that goes away, as a closed terminal or the `head -1` behind a pipe, ends no run.
+        A console that disappears, such as a closed terminal or a pipe into `head -1`, does not stop the run.
         """
         with contextlib.suppress(OSError):
             tqdm.write(text)
-            sys.stdout.flush()  # a redirected run is read with tail -f
+            sys.stdout.flush()  # for tail -f on redirected output
 
     def state_dict(self):
-        """Where the logs stand, what was recorded and not yet written, and what the warnings have seen."""
+        """Lengths of the log files, metrics not yet written, and state of the warnings; flushes the logs."""
         lengths = self.flush()
         now = time.monotonic()
         return {
@@ -265,7 +265,7 @@ class Logger:
         }
 
     def load_state_dict(self, state):
-        """Go on from where `state_dict` was called: rows that were written after it will come again and are cut."""
+        """Resume from `state_dict`; cuts the rows written after it, which the resumed run writes again."""
         self.cut_logs(state["lengths"])
         self._start -= state["seconds"]
         self._row_time = time.monotonic() - state["row_seconds"]
@@ -277,7 +277,7 @@ class Logger:
         self.progress(state["step"])
 
     def cut_logs(self, lengths):
-        """Cut each log and event file to its length in bytes; without one, there was nothing to keep in it."""
+        """Truncate each log and event file to its length in bytes, 0 if not given."""
         there = dict.fromkeys(lengths, 0)
         for path in self._files():
             key = _key(path)
@@ -292,29 +292,29 @@ class Logger:
         self._put_events_in_the_past()
 
     def _put_events_in_the_past(self):
-        """TensorBoard reads its files in the order of the times in their names, where the clock may be set back."""
+        """Rename event files from the future: TensorBoard reads them in order of time, and clocks may be set back."""
         files = self._event_files()
         if files and int(files[-1].name.split(".")[3]) >= int(time.time()):
             for number, path in enumerate(files):
                 path.rename(path.with_name(f"events.out.tfevents.{number:010d}.{_key(path)}"))
 
     def _files(self):
-        """What is only ever appended to."""
+        """The append-only files: logs and events."""
         logs = [path for path in (self._folder / "train.log", self._folder / "eval.log") if path.exists()]
         return logs + self._event_files()
 
     def flush(self):
-        """Bring all logs and events to the disk: {key of a file: its length in bytes}.
+        """Flush all logs and events to disk; returns {file key: length in bytes}.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: a write failed.
         """
         if self._writer:
             self._writer.flush()
         return {_key(path): _on_disk(path) for path in self._files()}
 
     def close(self):
-        """Close everything; what cannot be written any more, after an error that has ended the run, is lost."""
+        """Close everything; drops data that cannot be written, as after the error that stopped the run."""
         for what in (self._bar, self._writer):
             if what:
                 with contextlib.suppress(OSError):
@@ -323,16 +323,16 @@ class Logger:
             self._close_wandb()
 
     def _close_wandb(self):
-        """Wait for the upload; what does it may be gone before us, as after a TERM to every process of a job."""
+        """Wait for the upload; its process may already be gone, as after a TERM to all processes of a job."""
         import wandb
 
-        code = int(self._step < self._config.num_train_steps)  # a run that is to go on has not succeeded
+        code = int(self._step < self._config.num_train_steps)  # an unfinished run has not succeeded
         try:
             try:
                 self._wandb.finish(code)
             finally:
-                wandb.teardown(code)  # else it is tried again at the end of this process
-        except Exception as error:  # of many kinds, and no fault of the run
+                wandb.teardown(code)  # else wandb tries again when this process exits
+        except Exception as error:  # of many types; none should fail the run
             self.message(f"warning: --wandb: it lacks what is newest in tb/ ({type(error).__name__})")
 
     def _row(self, kind, step, values, columns, colour):
@@ -350,7 +350,7 @@ class Logger:
         return sorted((self._folder / "tb").glob("events.out.tfevents.*"))
 
     def _events(self, step, values):
-        """Scalars for TensorBoard, and lists as histograms."""
+        """Write scalars, and lists as histograms, to TensorBoard."""
         if self._writer:
             env_step = step * self._config.action_repeat
             for name, value in values.items():
@@ -361,16 +361,16 @@ class Logger:
 
 
 def _open_wandb(folder, config, run):
-    """A run of Weights & Biases that follows the event files made from now on; it writes nowhere but in `folder`.
+    """A Weights & Biases run that uploads all event files created from now on; it writes only to `folder`.
 
-    Its own process is of another session, so that Ctrl-C in a terminal does not reach it.
+    Its process has a session of its own, so that Ctrl-C in a terminal does not reach it.
 
     Raises:
-        OSError: it has refused.
+        OSError: Weights & Biases refused the run.
     """
     for name in ("CACHE", "DATA"):
         os.environ.setdefault(f"WANDB_{name}_DIR", str(folder.resolve() / "wandb"))
-    import wandb  # seconds, and not in requirements.txt
+    import wandb  # takes seconds, and is not in requirements.txt
 
     try:
         return wandb.init(
@@ -388,28 +388,28 @@ def _open_wandb(folder, config, run):
 
 
 def prepare_console():
-    """Make stdout and stderr writable whatever the console is: closed, or unable to show a character of a path."""
+    """Make stdout and stderr writable even if they are closed or cannot encode a path's characters."""
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        if getattr(sys, name) is None:  # closed; the next file to be opened must not get its number
+        if getattr(sys, name) is None:  # closed: the next open file must not get this descriptor
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             setattr(sys, name, os.fdopen(descriptor, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _key(path):
-    """Of a log its name, of an event file what is in its name behind the time."""
+    """Key of a file: a log's name, or the part of an event file's name after the time."""
     return path.name if path.suffix == ".log" else path.name.split(".", 4)[4]
 
 
 def _on_disk(path):
-    """The length of a file in bytes, all of them on the disk."""
+    """Sync a file to disk and return its length in bytes."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size
 
 
 def _finite_or_null(value):
-    """JSON has no NaN; a diagnostic that is undefined, such as the rank of a constant latent, is null."""
+    """None for a non-finite float, such as the rank of a constant latent, since JSON has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,4 +1,4 @@
-"""mp4 videos of episodes."""
+"""Episode videos as mp4."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ def save_video(path, frames, fps):
     The file appears complete or not at all.
 
     Raises:
-        OSError: it cannot be written, as on a full disk.
+        OSError: the write failed, as on a full disk.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(exist_ok=True)
@@ -26,7 +26,7 @@ def save_video(path, frames, fps):
         with signals_kept_from_children():
             stack = np.stack(frames)
             iio.imwrite(temporary, stack, plugin="FFMPEG", fps=fps, codec="libx264", ffmpeg_log_level="quiet")
-            if imageio_ffmpeg.count_frames_and_secs(temporary)[0] != len(frames):  # ffmpeg fails without a word
+            if imageio_ffmpeg.count_frames_and_secs(temporary)[0] != len(frames):  # ffmpeg fails silently
                 raise OSError("incomplete")
         os.replace(temporary, path)
     except (OSError, RuntimeError):
