@@ -214,7 +214,7 @@ class Config:
     log_interval: int = 100
     """Decisions between reads of the training metrics from the device."""
     divergence_factor: float = 10.0
-    """Warn when the KL or critic loss exceeds this multiple of its running median."""
+    """Warn when KL or the critic loss exceeds this multiple of its running median."""
     save_tb: bool = False
     """Write TensorBoard events to tb/."""
     tb_media: bool = True

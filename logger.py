@@ -157,7 +157,7 @@ class Logger:
             )
 
     def _watch(self, step, means):
-        """Warn, once per episode, when the KL or critic loss exceeds a multiple of its running median."""
+        """Warn, once per episode, when KL or the critic loss exceeds a multiple of its running median."""
         for name, window in self._watched.items():
             if name not in means:
                 continue
