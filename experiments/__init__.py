@@ -1,1 +1,1 @@
-"""Many runs: a grid of them here or on a cluster, their scores, figures and tables."""
+"""Sweeps: grids of runs on this machine or a cluster, and their scores, figures and tables."""

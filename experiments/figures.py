@@ -1,4 +1,4 @@
-"""Figures of learning curves and of diagnostics."""
+"""Figures: learning curves and diagnostics."""
 
 import io
 import math
@@ -46,13 +46,13 @@ THEME = {
     **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
     "axes.grid": True,
     "legend.handlelength": 3,
-    "pdf.fonttype": 42,  # TrueType, as journals ask
+    "pdf.fonttype": 42,  # TrueType, which journals require
     "savefig.dpi": 300,
 }
 
 
 def curve_styles(curves):
-    """{curve: (colour, line style, marker)}, told apart by colour-blind people and in grey print."""
+    """{curve: (colour, line style, marker)}, distinguishable for colour-blind readers and in grayscale."""
     colours = sns.color_palette("colorblind", 10)
     return {
         curve: (colours[i % len(colours)], STYLES[i % len(STYLES)], MARKERS[i % len(MARKERS)])
@@ -61,17 +61,17 @@ def curve_styles(curves):
 
 
 def panels(rows, columns, height, **kwargs):
-    """Figure as wide as a column or a page of a paper, and its axes; `height` of a row in inches."""
+    """A figure of a paper's column or page width, and its axes; `height` is a row's, in inches."""
     sns.set_theme(context="paper", style="ticks", rc=THEME)
     width = {1: 3.3, 2: 5.0}.get(columns, 6.9)
     return plt.subplots(rows, columns, figsize=(width, height * rows), squeeze=False, layout="constrained", **kwargs)
 
 
 def draw_legend(figure, handles, title=None):
-    """A legend below the panels, its labels wrapped to the figure's width; the figure grows by its height."""
+    """Draw a legend below the panels, with labels wrapped to the figure's width; the figure grows by its height."""
     width = int(figure.get_figwidth() * 19)  # characters
     longest = max(len(handle.get_label()) for handle in handles)
-    columns = max(1, min(4, len(handles), width // (longest + 9)))  # 9: the line, and space
+    columns = max(1, min(4, len(handles), width // (longest + 9)))  # 9: line sample and padding
     labels = [textwrap.fill(handle.get_label(), width // columns - 9) for handle in handles]
     lines = [label.count("\n") + 1.2 for label in labels]
     in_column = math.ceil(len(labels) / columns)
@@ -81,12 +81,12 @@ def draw_legend(figure, handles, title=None):
 
 
 def legend_label(frame, curve, also=""):
-    """The curve, its number of seeds, what is wrong with which, in numbers alone where the words would be many, and
-    what else is to be said."""
+    """The curve with its number of seeds, its unfinished seeds (only counts if more than two tasks have some), and the
+    note `also`."""
     tasks = frame["task"].unique()
     parts = {task: frame[(frame["curve"] == curve) & (frame["task"] == task)] for task in tasks}
     counts = [begun(part)["seed"].nunique() for part in parts.values()]
-    n = f"n\u00a0=\u00a0{min(counts)}" + f"\u00a0to\u00a0{max(counts)}" * (max(counts) > min(counts))  # not wrapped
+    n = f"n\u00a0=\u00a0{min(counts)}" + f"\u00a0to\u00a0{max(counts)}" * (max(counts) > min(counts))  # no line break
     found = {task: unfinished_seeds(part) for task, part in parts.items()}
     words = [f"{seeds_text(runs)}" + f" on {task}" * (len(tasks) > 1) for task, runs in found.items() if runs]
     if len(words) > 2:
@@ -96,10 +96,10 @@ def legend_label(frame, curve, also=""):
 
 
 def draw_curves(frame, names, statistic):
-    """Figure: a panel a task, a thin line a seed, a thick one for the statistic of each curve, with its interval."""
+    """Figure with one panel per task: thin lines are seeds, a thick line each curve's statistic with its interval."""
     tasks, styles = frame["task"].unique(), curve_styles(frame["curve"].unique())
     ours = begun(frame[frame["state"] != "published"])
-    end = (ours if len(ours) else frame)["env_step"].max()  # public curves go on for millions
+    end = (ours if len(ours) else frame)["env_step"].max()  # public curves have millions of steps
     columns = min(3, len(tasks))
     figure, axes = panels(math.ceil(len(tasks) / columns), columns, 2.0, sharex=True, sharey=True)
     at_random = published_scores().query("method == 'random policy'").set_index("task")["mean"]
@@ -110,7 +110,7 @@ def draw_curves(frame, names, statistic):
             continue
         axis.set_title(tasks[i])
         axis.set_ylabel("evaluation return" if i % columns == 0 else None)
-        if i + columns >= len(tasks):  # the lowest of its column
+        if i + columns >= len(tasks):  # the lowest panel of its column
             axis.set_xlabel("environment steps")
             axis.tick_params(labelbottom=True)
         if tasks[i] in at_random:
@@ -143,7 +143,7 @@ def draw_curves(frame, names, statistic):
 
 
 def training_log(run):
-    """train.log of a run, smoothed: a row an episode, columns env_step, episode_reward and those of DIAGNOSTICS."""
+    """A run's train.log, smoothed: one row per episode, columns env_step, episode_reward and DIAGNOSTICS."""
     log = pd.DataFrame(load_rows(run, "train.log"))
     log = log.rename(columns=dict.fromkeys(["encoder_grad_ratio", "latent_grad_ratio"], "grad_ratio"))  # joint: latent
     log = log.reindex(columns=["env_step", "episode_reward", *DIAGNOSTICS]).astype(float)
@@ -151,13 +151,13 @@ def training_log(run):
 
 
 def draw_diagnostics(frame):
-    """Two rows a task, each diagnostic over environment steps and, below, over the training return.
+    """Two rows per task: each diagnostic over environment steps and, below, over the training return.
 
     Returns:
-        The figure, and the titles of the diagnostics that no run has logged, which it lacks.
+        The figure, and the titles of the diagnostics that it omits because no run logged them.
 
     Raises:
-        Refused: no run has logged any of them.
+        Refused: no run logged any diagnostic.
     """
     ours = frame[frame["state"] != "published"]
     runs = ours[ours["state"] != "missing"].drop_duplicates("run")
@@ -195,7 +195,7 @@ def draw_diagnostics(frame):
 
 
 def as_pictures(figure):
-    """{ending: bytes} of a figure, without the time of day, so that equal runs give equal files."""
+    """{suffix: bytes} of a figure, without timestamps, so that equal runs give identical files."""
     files = {}
     for ending, metadata in ((".png", {"Software": MADE_BY}), (".pdf", {"Creator": MADE_BY, "CreationDate": None})):
         buffer = io.BytesIO()

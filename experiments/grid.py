@@ -1,4 +1,4 @@
-"""Flags with commas -> the runs of a sweep, and the sweep.json that names them."""
+"""From comma-separated flags to the runs of a sweep, and to sweep.json, which lists them."""
 
 import contextlib
 import dataclasses
@@ -18,20 +18,20 @@ from machine import check_machine, choose_device
 from storage.run_folder import check_writable, load_sweep, parse_run, write_json
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
-OWN_FOLDERS = {"domain_name", "task_name", "seed"}  # have folders of their own
-MACHINE = ("device", "replay_device", "compile", "wandb")  # flags that this machine may have nothing for
-TASK_CHECKS = ("camera_id", "pre_transform_image_size", "save_video", *MACHINE)  # what is asked of task and machine
+OWN_FOLDERS = {"domain_name", "task_name", "seed"}  # flags with a folder level of their own
+MACHINE = ("device", "replay_device", "compile", "wandb")  # flags that this machine may not support
+TASK_CHECKS = ("camera_id", "pre_transform_image_size", "save_video", *MACHINE)  # flags checked with task and machine
 
 
 class Run(NamedTuple):
-    """A run of a sweep: its folder in the sweep's own, and its flags, a list of words."""
+    """A run of a sweep: its folder relative to the sweep's, and its flags, a list of command-line tokens."""
 
     folder: str
     flags: list
 
 
 def parse_grid(flags):
-    """Flags of train.py -> {name: list of its values}; None is the value of a flag that takes none."""
+    """Flags of train.py -> {name: list of values}; a flag without a value has [None]."""
     switches = {field.name for field in dataclasses.fields(Config) if field.type is bool}
     grid, tokens = {}, list(flags)
     while tokens:
@@ -55,7 +55,7 @@ def parse_grid(flags):
 
 
 def parse_variants(args):
-    """--variant, --variants and --only -> {name: grid of single values}; one without a name if there are none."""
+    """--variant, --variants and --only -> {name: grid of single values}; {None: {}} without variants."""
     lines = list(args.variant)
     if args.variants:
         try:
@@ -87,8 +87,8 @@ def parse_variants(args):
 
 
 def combinations(variants, grid):
-    """Every (variant, values that differ, flags) of variants and grid, all of one seed before the next."""
-    axes = sorted(grid, key=lambda name: name == "seed", reverse=True)  # the first varies slowest
+    """Yield (variant, values of the multi-valued flags, flags) for all variants and grid points, seed by seed."""
+    axes = sorted(grid, key=lambda name: name == "seed", reverse=True)  # the first axis varies slowest
     several = [name for name in grid if len(grid[name]) > 1 and name not in OWN_FOLDERS | {"task"}]
     for values in itertools.product(*(grid[name] for name in axes)):
         point = dict(zip(axes, values, strict=True))
@@ -100,7 +100,7 @@ def combinations(variants, grid):
 
 
 def as_flags(point):
-    """{name: value} -> a list of words for the command line of train.py."""
+    """{name: value} -> a list of command-line tokens for train.py."""
     point = dict(point)
     if "task" in point:
         domain, dash, task = (point.pop("task") or "").partition("-")
@@ -110,7 +110,7 @@ def as_flags(point):
     if "save_tb" not in point and "no_save_tb" not in point:
         point["save_tb"] = None
     if "save_tb" in point and point["save_tb"] != "false" and "tb_media" not in point:
-        point["no_tb_media"] = None  # which take most of the time that a page with many runs needs
+        point["no_tb_media"] = None  # media dominate TensorBoard's load time with many runs
     words = []
     for name, value in point.items():
         if value in ("true", "false"):
@@ -121,10 +121,10 @@ def as_flags(point):
 
 
 def plan(args, flags, folder):
-    """The runs of a command, those of an earlier command in `folder` in the places that they have; creates nothing.
+    """The runs of a command; runs that `folder` already has keep their folders. Creates nothing.
 
     Raises:
-        Refused, Refused: one of them cannot work.
+        Refused: a run's flags are invalid, or this machine cannot run it.
     """
     runs, checked = {}, set()
     for variant, values, point in combinations(parse_variants(args), parse_grid(flags)):
@@ -149,13 +149,13 @@ def plan(args, flags, folder):
                 check_machine(config, choose_device(config.device))
     for run in load_runs(folder):
         result = _result(parse(run.flags))
-        if twin := runs.get(result):  # perhaps named when less has differed
+        if twin := runs.get(result):  # its name may differ, as an earlier grid varied fewer flags
             runs[result] = Run(run.folder, twin.flags)
     return list(runs.values())
 
 
 def _result(config):
-    """What decides the result of a run."""
+    """The values of all flags that affect a run's result."""
     return tuple(value for name, value in dataclasses.asdict(config).items() if name not in UNCHANGING)
 
 
@@ -163,7 +163,7 @@ def is_over(folder, run):
     """Whether a run is finished or has diverged.
 
     Raises:
-        Refused: it can neither begin nor go on with its flags.
+        Refused: with its flags it can neither start nor resume.
     """
     try:
         parse_run([*run.flags, "--run_dir", str(folder / run.folder)])
@@ -173,15 +173,15 @@ def is_over(folder, run):
 
 
 def load_runs(folder):
-    """The runs that sweep.json in a folder names."""
+    """The runs in a folder's sweep.json."""
     return [Run(**run) for run in load_sweep(folder)["runs"]]
 
 
 def merge(folder, runs):
-    """The runs of a command and all that sweep.json names besides: none is removed.
+    """The runs of a command added to those in sweep.json; removes none.
 
     Raises:
-        Refused: a run was planned with flags that give another result.
+        Refused: sweep.json has a run with flags that give another result.
     """
     before = {run.folder: run.flags for run in load_runs(folder)}
     for run in runs:
@@ -196,14 +196,14 @@ def merge(folder, runs):
 
 
 def store(folder, runs, jobs):
-    """Write sweep.json, and beside it for TensorBoard which flags differ."""
+    """Write sweep.json and, for TensorBoard's HParams page, the flags that differ."""
     write_json(folder / "sweep.json", {"runs": [run._asdict() for run in runs], "jobs": jobs})
     dashboard.write_hparams_config(folder, differing([parse_grid(run.flags) for run in runs]))
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """One process at a time changes sweep.json; the folder is made."""
+    """Create the folder and hold its lock: one process at a time changes sweep.json."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "sweep.lock", "a") as lock:
         with contextlib.suppress(OSError):  # a file system without locks
@@ -212,11 +212,11 @@ def locked(folder):
 
 
 def differing(points):
-    """Names of the flags that are not the same in all of these grids of single values."""
+    """Names of the flags that differ between these grids of single values."""
     names = dict.fromkeys(name for point in points for name in point)
     return [name for name in names if any(point.get(name) != points[0].get(name) for point in points)]
 
 
 def command(folder, run):
-    """The command of a run, a list of words."""
+    """A run's command, a list of tokens."""
     return [sys.executable, str(HERE / "train.py"), *run.flags, "--run_dir", str(folder / run.folder)]

@@ -1,4 +1,4 @@
-"""Runs as processes of this machine, some of them at once."""
+"""Runs as parallel processes on this machine."""
 
 import collections
 import os
@@ -18,15 +18,15 @@ from machine import available_cores
 from storage.run_folder import EXIT_CODE, OUTPUT, is_written, last_line, load_status, write_json
 
 HOST = socket.gethostname()
-ATTEMPTS = 3  # of a run that dies
-POLL = 0.2  # seconds between two looks at the processes
-REFRESH = 2  # seconds between two looks at their folders
+ATTEMPTS = 3  # times to start a run that keeps crashing
+POLL = 0.2  # seconds between polls of the processes
+REFRESH = 2  # seconds between reads of their folders
 
 
 def job_environments(jobs):
-    """Environment variables of each of `jobs` processes: an equal share of the cores, and the GPUs in turn.
+    """Yield the environment variables of each of `jobs` processes: an equal share of the cores, GPUs round-robin.
 
-    A GPU draws for the runs that it trains, where it can: in many containers the GPUs compute and only Mesa draws.
+    Each run renders on its training GPU if EGL sees that GPU; in many containers only Mesa can render.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -47,7 +47,7 @@ def job_environments(jobs):
 
 
 def _installed_gpus():
-    """Indices of the GPUs that the driver knows of."""
+    """Indices of the GPUs that nvidia-smi lists."""
     try:
         ask = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
         return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()
@@ -56,26 +56,26 @@ def _installed_gpus():
 
 
 class Processes:
-    """The runs of a sweep on this machine, some of them at once.
+    """Scheduler of a sweep's runs on this machine.
 
     Args:
-        folder: of the sweep.
-        runs: those that are to be done.
-        jobs: how many at once.
-        say: takes a line for the user.
+        folder: the sweep's folder.
+        runs: the runs to do.
+        jobs: the number of parallel runs.
+        say: function that prints a line for the user.
     """
 
     def __init__(self, folder, runs, jobs, say):
         self._folder, self._say = folder, say
         self._waiting = collections.deque(runs)
         self._places = list(job_environments(jobs))
-        self._active = {}  # index of a place -> (run, process)
+        self._active = {}  # index in _places -> (run, process)
         self._deaths = collections.Counter()
-        self.watched = set()  # folders of the runs that were started here or are done elsewhere
-        self.failed = []  # runs that were given up
+        self.watched = set()  # folders of runs that this or another process has started
+        self.failed = []  # runs without attempts left
 
     def step(self):
-        """Take note of processes that have ended and start others in their places; False if none is left."""
+        """Handle exited processes and start waiting runs in their places; False when none is left."""
         for place, (run, process) in list(self._active.items()):
             if process.poll() is not None:
                 del self._active[place]
@@ -87,7 +87,7 @@ class Processes:
                 if run.folder not in self.watched:
                     self.watched.add(run.folder)
                     self._say(f"{run.folder}: waiting for {self._who(run)}, which does this run already")
-            # what a sweep has left behind that was killed takes its place still
+            # runs that outlived a killed sweep on this host still occupy a place
             left = [run for run in elsewhere if load_status(self._folder / run.folder).get("host") == HOST]
             ready = [run for run in self._waiting if run not in elsewhere]
             for place, run in zip(free[len(left) :], ready, strict=False):
@@ -96,7 +96,7 @@ class Processes:
         return bool(self._active or self._waiting)
 
     def _done_elsewhere(self):
-        """Runs that wait here and that another process is writing."""
+        """Waiting runs that another process is writing."""
         return [run for run in self._waiting if is_written(self._folder / run.folder)]
 
     def _who(self, run):
@@ -108,7 +108,7 @@ class Processes:
         path = self._folder / run.folder
         path.mkdir(parents=True, exist_ok=True)
         with open(path / OUTPUT, "ab") as output:
-            # a session of its own: Ctrl-C and a terminal that hangs up reach the sweep, which passes them on
+            # its own session: Ctrl-C and SIGHUP reach only the sweep, which then terminates its runs
             return subprocess.Popen(
                 command(self._folder, run),
                 stdin=subprocess.DEVNULL,
@@ -127,7 +127,7 @@ class Processes:
         elif code == DIVERGED:
             self._say(f"{run.folder}: diverged: {run_status(path).note}")
         elif code == REFUSED and is_written(path):
-            self._waiting.append(run)  # another sweep was faster
+            self._waiting.append(run)  # another sweep started it first
             self.watched.discard(run.folder)
         else:
             self._deaths[run.folder] += 1
@@ -137,7 +137,7 @@ class Processes:
             (self._waiting.appendleft if again else self.failed.append)(run)
 
     def stop(self):
-        """Tell every process to save its run and to end, and wait for that."""
+        """Terminate all processes, which save checkpoints first, and wait until they exit."""
         if self._active:
             self._say(f"stopping: saving {plural(len(self._active), 'run')}")
         for _, process in self._active.values():
@@ -149,7 +149,7 @@ class Processes:
 
 
 def run_here(folder, runs, jobs, todo):
-    """Do the runs `todo` of `runs` on this machine; the exit code."""
+    """Do the runs `todo`, a subset of `runs`, on this machine; returns the exit code."""
     console = make_console()
 
     def say(line):
@@ -168,7 +168,7 @@ def run_here(folder, runs, jobs, todo):
                 next_look = time.monotonic() + REFRESH
                 for run in todo:
                     if run.folder not in processes.watched or statuses[run.folder].state in ("finished", "diverged"):
-                        continue  # which reads its logs for nothing
+                        continue  # its logs have nothing new
                     before, statuses[run.folder] = statuses[run.folder], run_status(folder / run.folder)
                     if not screen and (line := _news(before, statuses[run.folder])):
                         say(f"{run.folder}: {line}")
@@ -176,7 +176,7 @@ def run_here(folder, runs, jobs, todo):
                     with lost_console():
                         screen.update(status_table(_by_state(statuses)), refresh=True)
             time.sleep(POLL)
-            endings.check_signals()  # before a process that the same signal has ended could be started again
+            endings.check_signals()  # before step() would restart a run that the same signal stopped
         code = 1 if processes.failed else 0
     except endings.Stopped as stop:
         code = stop.code
@@ -191,7 +191,7 @@ def run_here(folder, runs, jobs, todo):
 
 
 def _news(before, now):
-    """A line about a run that has begun, or was evaluated since, or None."""
+    """A line about a run that has started or has a new evaluation, otherwise None."""
     if now.state != "running" or now.last_return == before.last_return and before.state == "running":
         return None
     parts = [f"step {now.step:,} of {now.total:,}"]
@@ -201,5 +201,5 @@ def _news(before, now):
 
 
 def _by_state(statuses):
-    """What may not fit on a screen comes last."""
+    """Statuses sorted by state, so a small screen cuts off the least urgent."""
     return dict(sorted(statuses.items(), key=lambda item: STATES.index(item[1].state)))

@@ -1,7 +1,7 @@
-"""The evaluations of runs and of public curves in one frame, and what is computed of them; no torch, no figures.
+"""Evaluations of runs and public curves in one frame, with their statistics; imports no torch and no matplotlib.
 
-A row is an evaluation. A run that has none yet is a row without step and return, so that it is named wherever its seed
-is expected. docs/plotting.md says how intervals and differences are computed.
+A row is an evaluation. A run without evaluations has one row without step and return, so that tables and legends list
+its seed as missing. docs/plotting.md explains the intervals and differences.
 """
 
 import dataclasses
@@ -21,29 +21,29 @@ from config import UNCHANGING, Config, complete, parse_flags
 from endings import Refused
 from storage.run_folder import find_runs, load_args, load_rows, load_state, load_sweep
 
-MADE_BY = "plot.py of CoDy"  # in every picture and table that may be written over
+MADE_BY = "plot.py of CoDy"  # marks the pictures and tables that plot.py may overwrite
 PUBLISHED = pathlib.Path(__file__).resolve().parent.parent / "results" / "published_scores.csv"
 EVALUATION = ["variant", "task", "agent", "seed", "step", "env_step", "episode_reward", "state"]  # columns of every CSV
-OWN_COLUMNS = {"domain_name", "task_name", "seed", "agent"}  # flags that are among them
+OWN_COLUMNS = {"domain_name", "task_name", "seed", "agent"}  # flags that EVALUATION covers
 METHOD = [f.name for f in dataclasses.fields(Config) if f.name not in {*UNCHANGING, *OWN_COLUMNS}]  # the other flags
-BUDGET = {"num_train_steps", "eval_freq", "num_eval_episodes"}  # how long and how often, not which method
-MADE_WITH = ["git_commit", "python", "device_used", "processor", "renderer"]  # of args.json, beside its versions
-RESAMPLES = 20_000  # of the bootstrap: ends of intervals are found to a fiftieth of the standard error
-MIN_SEEDS = 3  # fewer have no interval
+BUDGET = {"num_train_steps", "eval_freq", "num_eval_episodes"}  # training and evaluation budget, not the method
+MADE_WITH = ["git_commit", "python", "device_used", "processor", "renderer"]  # args.json keys besides `versions`
+RESAMPLES = 20_000  # bootstrap draws: they fix an interval's ends to a fiftieth of the standard error
+MIN_SEEDS = 3  # minimum for an interval
 MAX_RETURN = 1_000
-STATISTICS = {  # of a list of (..., seeds) arrays, one for each task: (...)
+STATISTICS = {  # list of (..., seeds) arrays, one per task -> (...)
     "mean": lambda tasks: np.mean([scores.mean(-1) for scores in tasks], axis=0),
     "iqm": lambda tasks: trim_mean(np.concatenate(tasks, axis=-1), 0.25, axis=-1),
 }
 
 
 def read_scores(paths):
-    """The frame of all evaluations of `paths`: EVALUATION, flags of METHOD as far as known, `made_with ...`, `run`.
+    """Frame of all evaluations in `paths`, columns EVALUATION, known flags of METHOD, `made_with ...` and `run`.
 
-    `env_step` counts environment steps, `episode_reward` is the mean return of one evaluation.
+    `env_step` counts environment steps; `episode_reward` is the mean return of one evaluation.
 
     Raises:
-        Refused: a path is missing, holds no run, or is in none of the formats.
+        Refused: a path is missing, holds no run, or has an unknown format.
     """
     frames = []
     for path in map(pathlib.Path, paths):
@@ -52,13 +52,13 @@ def read_scores(paths):
         frames.append(_read_folder(path) if path.is_dir() else _read_file(path))
     frame = pd.concat([f.dropna(axis="columns", how="all") for f in frames], ignore_index=True)
     frame = frame.reindex(columns=list(dict.fromkeys([*EVALUATION, "run", *frame])))
-    if any(ours := frame["state"] != "published"):  # public files have tasks that nobody here has run
+    if any(ours := frame["state"] != "published"):  # public files have tasks without a run of ours
         frame = frame[frame["task"].isin(frame["task"][ours])]
     return _typed(frame)
 
 
 def _typed(frame):
-    """The frame with whole seeds and steps, which may be missing, and returns as floats."""
+    """The frame with seeds and steps as nullable integers and returns as floats."""
     types = {**dict.fromkeys(["seed", "step", "env_step"], "Int64"), "episode_reward": float}
     return frame.astype({name: kind for name, kind in types.items() if name in frame})
 
@@ -67,7 +67,7 @@ def _read_folder(folder):
     runs = find_runs(folder)
     if not runs:
         raise Refused(f"{folder}: holds no run (no args.json at any depth)")
-    planned = {  # flags of the runs that a sweep has not begun
+    planned = {  # flags of each sweep's runs, for those not yet started
         sweep.parent / run["folder"]: run["flags"]
         for sweep in folder.rglob("sweep.json")
         for run in load_sweep(sweep.parent)["runs"]
@@ -97,7 +97,7 @@ def _read_folder(folder):
 
 
 def _made_with(args):
-    """{"made_with <what>": tuple of its values}, several for a run that was continued with another."""
+    """{"made_with <name>": tuple of values}, several values if a run resumed with another version or machine."""
     made_with = {}
     for part in [args, *args.get("continued", [])]:
         for name, value in {**part.get("versions", {}), **{n: part.get(n) for n in MADE_WITH}}.items():
@@ -107,7 +107,7 @@ def _made_with(args):
 
 
 def _read_file(path):
-    """drq's CSV, dreamerv3's JSON, or a CSV of plot.py."""
+    """Frame from drq's CSV, dreamerv3's JSON, or a CSV written by plot.py."""
     try:
         if path.suffix == ".csv":
             frame = pd.read_csv(path, keep_default_na=False, na_values=[""], float_precision="round_trip")
@@ -115,7 +115,7 @@ def _read_file(path):
             content = path.read_bytes()
             frame = pd.DataFrame(json.loads(gzip.decompress(content) if path.suffix == ".gz" else content))
             frame = frame.explode(["xs", "ys"], ignore_index=True)
-        if "state" not in frame:  # a public one; their steps are environment steps
+        if "state" not in frame:  # a public file, whose steps are environment steps
             names = {"env": "task", "step": "env_step", "method": "agent", "xs": "env_step", "ys": "episode_reward"}
             frame = frame.rename(columns=names).assign(state="published")
         run = pd.Series(f"{path}", index=frame.index)
@@ -123,7 +123,7 @@ def _read_file(path):
             run += ", " + frame[name].astype(str)
         frame = frame.assign(run=run, task=frame["task"].map(task_folder))
         needed = ["env_step", "episode_reward", "seed", "agent"]
-        if frame.empty or frame[needed]["seed"].isna().any():  # or one of them is no column, a KeyError too
+        if frame.empty or frame[needed]["seed"].isna().any():  # a missing column raises KeyError too
             raise KeyError
         return _typed(frame[[name for name in frame if name in {*EVALUATION, *METHOD, "run"}]])
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError):
@@ -134,30 +134,30 @@ def _read_file(path):
 
 
 def task_folder(name):
-    """Public name of a task -> <domain>-<task>, as our folders: dmc_ball_in_cup_catch -> ball_in_cup-catch."""
+    """A task's public name -> our <domain>-<task>: dmc_ball_in_cup_catch -> ball_in_cup-catch."""
     return re.sub(r"^(?:dmc_)?(ball_in_cup|point_mass|humanoid_CMU|[^_-]+)[_-]", r"\1-", name)
 
 
 def published_scores():
-    """results/published_scores.csv, tasks named as our folders."""
+    """results/published_scores.csv with our <domain>-<task> names."""
     scores = pd.read_csv(PUBLISHED)
     return scores.assign(task=scores["task"].map(task_folder))
 
 
 def varied(frame):
-    """Flags that differ between runs of one task; what follows from the task alone does not count."""
+    """Flags that differ between runs of one task; differences between tasks do not count."""
     return [name for name in METHOD if name in frame and frame.groupby("task")[name].nunique().max() > 1]
 
 
 def with_curves(frame, hue):
-    """The frame with a column `curve`, and the names of the columns that it is made of.
+    """The frame with a column `curve`, and the names of the columns that define it.
 
     Args:
-        frame: see `read_scores`.
-        hue: such names with commas between, or None to choose them; public curves lack them and go by their agent.
+        frame: the frame from `read_scores`.
+        hue: comma-separated column names, or None to choose them; public curves lack these and use their agent.
 
     Raises:
-        Refused: there is no such flag, the runs lie in no variants, or two runs of a curve have the same seed.
+        Refused: a flag does not exist, the runs are not in variant folders, or two runs of a curve share a seed.
     """
     ours = frame[frame["state"] != "published"]
     if hue is None:
@@ -193,17 +193,17 @@ def begun(frame):
 
 
 def by_seed(part):
-    """Returns of one curve on one task: a row an evaluation step, a column a seed, NaN where it was not evaluated."""
+    """Returns of one curve on one task, (evaluation steps, seeds); NaN where a seed has no evaluation."""
     return begun(part).pivot(index="env_step", columns="seed", values="episode_reward")
 
 
 def aligned(scores):
-    """The rows of `by_seed` that every seed has, so none past the end of the shortest."""
+    """The rows of `by_seed` that all seeds share, so none beyond the shortest run."""
     return scores.dropna()
 
 
 def unfinished_seeds(part):
-    """[(seed, "missing" or "diverged at 40,000")] of the runs of one curve on one task that have not finished."""
+    """[(seed, "missing" or "diverged at 40,000")] for the unfinished runs of one curve on one task."""
     return [
         (seed, state if pd.isna(run["env_step"].max()) else f"{state} at {run['env_step'].max():,}")
         for (seed, state), run in part.groupby(["seed", "state"])
@@ -212,7 +212,7 @@ def unfinished_seeds(part):
 
 
 def seeds_text(found):
-    """What `unfinished_seeds` found -> "seeds 2, 3 missing; seed 4 diverged at 40,000"."""
+    """Pairs from `unfinished_seeds` -> "seeds 2, 3 missing; seed 4 diverged at 40,000"."""
     words = {}
     for seed, what in found:
         words.setdefault(what, []).append(str(seed))
@@ -220,7 +220,7 @@ def seeds_text(found):
 
 
 def warnings_about(frame, names):
-    """Lines for the user: which runs a curve lacks, where its aggregate ends, and what differs inside it."""
+    """Yield warnings: missing runs, an aggregate that ends early, and differences within or between curves."""
     for (curve, task), part in frame.groupby(["curve", "task"], sort=False):
         where = f"{curve} on {task}"
         if found := unfinished_seeds(part):
@@ -255,16 +255,16 @@ def warnings_about(frame, names):
 
 
 def measured(part, step, measure):
-    """One number a seed of one curve on one task, of the seeds that were evaluated at exactly `step`.
+    """One number per seed of one curve on one task, for seeds with an evaluation at exactly `step`.
 
     Args:
         part: the rows of that curve and task.
-        step: environment steps.
-        measure: "last", the return at that step, or "outcome", the mean of the evaluations from half that step up to
-            it, at the steps that all these seeds have.
+        step: the environment step.
+        measure: "last", the return at `step`, or "outcome", the mean of the evaluations from `step` / 2 to `step`,
+            at the steps that all these seeds share.
 
     Returns:
-        Series by seed.
+        Series indexed by seed.
     """
     scores = by_seed(part)
     if step not in scores.index:
@@ -274,31 +274,31 @@ def measured(part, step, measure):
 
 
 def normalised(returns, task):
-    """Returns of a task in units that can be pooled over tasks: 0 is a random policy, 1 the highest return of all.
+    """Returns normalised for pooling over tasks: 0 is the random policy, 1 the maximum return.
 
     Raises:
-        KeyError: the random policy has not been measured on this task.
+        KeyError: results/published_scores.csv has no random policy for this task.
     """
     at_random = published_scores().query("method == 'random policy'").set_index("task")["mean"][task]
     return (returns - at_random) / (MAX_RETURN - at_random)
 
 
 def resampled(tasks, statistic, rng):
-    """The statistic of RESAMPLES bootstrap draws of seeds within each task; `tasks` is a list of (seeds,) arrays."""
+    """The statistic of RESAMPLES bootstrap draws, stratified by task; `tasks` is a list of (seeds,) arrays."""
     draws = [scores[rng.integers(len(scores), size=(RESAMPLES, len(scores)))] for scores in tasks]
     return STATISTICS[statistic](draws)
 
 
 def interval(tasks, statistic):
-    """Ends of the 95 % percentile interval of a statistic, bootstrapped over seeds within each task.
+    """95 % percentile bootstrap interval of a statistic, over seeds within each task.
 
     Args:
-        tasks: a list of (seeds,) arrays of returns, one for each task.
-        statistic: a name in STATISTICS.
+        tasks: a list of (seeds,) arrays of returns, one per task.
+        statistic: a key of STATISTICS.
 
     Returns:
-        (2,) array; NaN with fewer than MIN_SEEDS seeds on a task. Equal scores give equal intervals: the draws are the
-        same in every call.
+        (2,) array, NaN with fewer than MIN_SEEDS seeds on a task. A fixed bootstrap seed makes equal scores give equal
+        intervals.
     """
     if min(len(scores) for scores in tasks) < MIN_SEEDS:
         return np.full(2, np.nan)
@@ -306,7 +306,7 @@ def interval(tasks, statistic):
 
 
 def pooled_difference(a, b, statistic):
-    """Difference of a statistic of two curves over the same tasks, a - b: (value, low, high) as `interval`'s."""
+    """Difference a - b of two curves' statistics over the same tasks: (value, low, high), see `interval`."""
     value = STATISTICS[statistic](a) - STATISTICS[statistic](b)
     if min(len(scores) for scores in [*a, *b]) < MIN_SEEDS:
         return value, np.nan, np.nan
@@ -322,7 +322,7 @@ def difference(a, b):
         a, b: (mean, sample standard deviation, number of seeds).
 
     Returns:
-        (value, low, high); ends are NaN with fewer than MIN_SEEDS seeds of either, or no spread to judge by.
+        (value, low, high); low and high are NaN if either has fewer than MIN_SEEDS seeds, or if both variances are 0.
     """
     variances = [std**2 / n for _, std, n in (a, b)]
     value, variance = a[0] - b[0], sum(variances)

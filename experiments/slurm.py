@@ -1,4 +1,4 @@
-"""Runs as a job array of a Slurm cluster, and the commands that it needs: sbatch and squeue."""
+"""Runs as a Slurm job array, submitted with sbatch and queried with squeue."""
 
 import os
 import pathlib
@@ -14,10 +14,10 @@ from storage.run_folder import load_sweep
 
 
 def fill(path, **values):
-    """The batch script at `path` with its @NAME@s replaced.
+    """The batch script at `path` with its @NAME@ placeholders replaced.
 
     Raises:
-        Refused: it cannot be read, one of them is not in it, or a value cannot stand in a batch script.
+        Refused: the script cannot be read or lacks a placeholder, or a value has characters unsafe in a batch script.
     """
     try:
         script = pathlib.Path(path).read_text()
@@ -35,16 +35,16 @@ def fill(path, **values):
 
 
 def check():
-    """Raise `Refused` where there is no cluster."""
+    """Raise `Refused` if there is no sbatch."""
     if not shutil.which("sbatch"):
         raise Refused("--slurm: there is no sbatch here; without --slurm the sweep runs on this machine")
 
 
 def sbatch(script):
-    """Number of the job that a batch script has become, a string.
+    """Submit a batch script; returns the job's number, a string.
 
     Raises:
-        Refused: Slurm refuses it, with its reason.
+        Refused: Slurm rejects the script; the message is Slurm's.
     """
     done = _run("sbatch", "--parsable", input=script)
     if done.returncode:
@@ -53,25 +53,25 @@ def sbatch(script):
 
 
 def waiting_or_running(job):
-    """Elements of an array that are in the queue or run, a list of int.
+    """Indices of a job array's queued or running elements, a list of int.
 
     Raises:
-        Refused: the cluster does not answer.
+        Refused: squeue fails.
     """
     done = _run("squeue", "--noheader", "--array", "--jobs", job, "--format=%K")
-    if done.returncode and "Invalid job id" not in done.stderr:  # which it says of one that is long over
+    if done.returncode and "Invalid job id" not in done.stderr:  # squeue forgets jobs that ended long ago
         raise _refused(done)
     return [int(word) for word in done.stdout.split()]
 
 
 def _refused(done):
-    """`Refused` with what a command has said on stderr, its last line first: it has the reason."""
+    """`Refused` with a command's stderr, the last line first because it has the reason."""
     lines = [" ".join(line.split()) for line in reversed(done.stderr.splitlines()) if line.strip()]
     return Refused(f"--slurm: {'; '.join(lines) or f'{done.args[0]} fails without a word'}")
 
 
 def _run(*words, input=None):
-    """A command of Slurm, without what an enclosing job has set."""
+    """Run a Slurm command without the SLURM_ variables of an enclosing job."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     try:
         return subprocess.run(words, input=input, capture_output=True, text=True, env=environment)
@@ -80,7 +80,7 @@ def _run(*words, input=None):
 
 
 def submit(folder, runs, args):
-    """Submit those of `runs` that are neither over nor in the queue; with --dry_run print what would be submitted."""
+    """Submit those of `runs` that are neither over nor queued; --dry_run prints them instead."""
     if args.dry_run:
         script, elements = batch(folder, runs, load_sweep(folder)["jobs"], args)
         if elements:
@@ -91,7 +91,7 @@ def submit(folder, runs, args):
         print(f"{in_elements(elements)} to submit, {len(runs) - count} over or in the queue")
         return
     check()
-    batch(folder, runs, [], args)  # what is wrong with the script is found before anything is made
+    batch(folder, runs, [], args)  # refuse a bad script before creating files
     is_new = not folder.exists()
     with locked(folder):
         before = load_sweep(folder)
@@ -100,11 +100,11 @@ def submit(folder, runs, args):
         names = [[run.folder for run in element] for element in elements]
         if elements:
             store(folder, everything, [*jobs, {"id": None, "elements": names}])  # an element may start at once
-            (folder / "slurm").mkdir(exist_ok=True)  # Slurm makes no folder
+            (folder / "slurm").mkdir(exist_ok=True)  # Slurm does not create it
             try:
                 jobs = [*jobs, {"id": sbatch(script), "elements": names}]
             except Refused:
-                if is_new and not before["runs"]:  # which another command may have put there meanwhile
+                if is_new and not before["runs"]:  # another command may have added runs meanwhile
                     shutil.rmtree(folder)
                 else:
                     store(folder, [Run(**run) for run in before["runs"]], jobs)
@@ -117,13 +117,13 @@ def submit(folder, runs, args):
 
 
 def in_elements(elements):
-    """How many runs are in how many elements, in words."""
+    """The number of runs and of elements, as in "6 runs in 3 elements"."""
     return f"{plural(sum(map(len, elements)), 'run')} in {plural(len(elements), 'element')}"
 
 
 def batch(folder, runs, jobs, args):
-    """The batch script for what is to be done of `runs`, and its elements, each a list of runs."""
-    submitted = [job for job in jobs if job["id"]]  # None: a sweep that was killed in that moment
+    """The batch script for those of `runs` still to do, and its array elements, each a list of runs."""
+    submitted = [job for job in jobs if job["id"]]  # None: sweep.py was killed while it submitted
     queued = {name for job in submitted for i in waiting_or_running(job["id"]) for name in job["elements"][i]}
     todo = [run for run in runs if run.folder not in queued and not is_over(folder, run)]
     elements = [todo[i : i + args.runs_per_job] for i in range(0, len(todo), args.runs_per_job)]

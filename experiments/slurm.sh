@@ -1,6 +1,6 @@
 #!/bin/bash
-# The batch script of sweep.py --slurm. Copy and edit it for a cluster that wants more, such as `module load cuda`, and
-# name the copy with --slurm_script; sweep.py replaces what stands between @s.
+# The batch script of sweep.py --slurm. If your cluster needs more, such as `module load cuda`, edit a copy and pass it
+# as --slurm_script; sweep.py replaces the placeholders between @s.
 #SBATCH --job-name="@NAME@"
 #SBATCH --array=@ARRAY@
 #SBATCH --output="@FOLDER@/slurm/%A_%a.log"
@@ -12,12 +12,12 @@
 cd "@HERE@" || exit
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_ON_NODE}
 
-# the runs of this element, one after the other; what has been begun goes on
+# do the runs of this element one by one, resuming those that have started
 "@PYTHON@" "@SWEEP@" --resume "@FOLDER@" --array @NUMBER@ --element "$SLURM_ARRAY_TASK_ID" &
 sweep=$!
 
-# USR1 comes 90 seconds before the time limit: save, and come back later. TERM: cancelled, or preempted, where Slurm
-# itself brings the element back: save.
+# Slurm sends USR1 90 seconds before the time limit: save a checkpoint and requeue. TERM means scancel or preemption:
+# save only; after a preemption Slurm itself requeues the element.
 trap 'again=yes; kill -TERM $sweep' USR1
 trap 'again=; kill -TERM $sweep' TERM
 while kill -0 $sweep 2> /dev/null; do wait $sweep; done

@@ -1,4 +1,4 @@
-"""How runs stand, from their folders alone, and a table of that for a person."""
+"""The status of runs, read from their folders alone, and a table of it."""
 
 import collections
 import contextlib
@@ -13,18 +13,18 @@ from rich.text import Text
 
 from storage.run_folder import last_line, load_args, load_rows, load_state, load_status
 
-STATES = ["running", "died", "stopped", "diverged", "waiting", "finished"]  # as a person reads them, in this order
+STATES = ["running", "died", "stopped", "diverged", "waiting", "finished"]  # in display order
 
 
 class RunStatus(NamedTuple):
-    """How a run stands, from its folder alone."""
+    """The status of a run."""
 
     state: str  # in STATES
     step: int  # decisions so far
-    total: int | None  # decisions in all
-    last_return: float | None  # of the last evaluation
-    seconds: float | None  # to its end, at the speed of the last episodes
-    note: str  # its last words, where it has not ended well
+    total: int | None  # decisions of the complete run
+    last_return: float | None  # return of the last evaluation
+    seconds: float | None  # remaining time at the speed of the last episodes
+    note: str  # the reason or last output line of a run that stopped, diverged or died
 
 
 def run_status(run):
@@ -50,7 +50,7 @@ def run_status(run):
 
 
 def status_table(statuses):
-    """{name: RunStatus} for a person: a table, last words, and how many runs are in which state."""
+    """{name: RunStatus} as a printable table, followed by the notes and the number of runs in each state."""
     rows = [
         (name, s.state, f"{s.step:,} of {s.total:,}" if s.total else "", return_text(s), hours(s.seconds))
         for name, s in statuses.items()
@@ -59,7 +59,7 @@ def status_table(statuses):
     table = Table(box=None, pad_edge=False)
     for i, title in enumerate(titles):
         if i == 0:
-            table.add_column(title, overflow="fold")  # in a narrow terminal the names are wrapped, the rest is whole
+            table.add_column(title, overflow="fold")  # a narrow terminal wraps only the names
         else:
             width = max(len(row[i]) for row in [titles, *rows])
             table.add_column(title, justify="left" if i == 1 else "right", no_wrap=True, min_width=width)
@@ -71,20 +71,20 @@ def status_table(statuses):
 
 
 class PipeConsole(Console):
-    """rich's console, which would end the program when nobody reads it any more, as behind `| head`."""
+    """A console that raises on a broken pipe, such as `| head`, where rich's own would exit the program."""
 
     def on_broken_pipe(self):
         raise BrokenPipeError
 
 
 def make_console():
-    """stdout; lines of any length where it is no terminal."""
+    """A console on stdout; 500 characters wide if stdout is not a terminal."""
     return PipeConsole(highlight=False, markup=False, width=None if sys.stdout.isatty() else 500)
 
 
 @contextlib.contextmanager
 def lost_console():
-    """A console that goes away, as a closed terminal, ends no sweep: what would be printed is lost from then on."""
+    """Let a sweep survive the loss of its console, such as a closed terminal: drop all further output."""
     try:
         yield
     except OSError:
@@ -92,7 +92,7 @@ def lost_console():
 
 
 def return_text(status):
-    """The last return, "" if there is none."""
+    """The last return as text, "" if there is none."""
     return "" if status.last_return is None else f"{status.last_return:.0f}"
 
 

@@ -1,7 +1,7 @@
-"""Tables of returns: every curve on every task and over all tasks, their differences, published numbers beside them.
+"""Tables of returns: every curve per task and over all tasks, pairwise differences, and published numbers.
 
-Each number is given in two measures: the last evaluation, and the outcome, the mean of the evaluations in the second
-half of a run, which varies less between seeds. docs/plotting.md says how intervals and differences are computed.
+Each number has two measures: the last evaluation, and the outcome, the mean of the evaluations in the second half of a
+run, which varies less between seeds. docs/plotting.md explains the intervals and differences.
 """
 
 import itertools
@@ -25,13 +25,13 @@ from experiments.scores import (
     unfinished_seeds,
 )
 
-TABLE = "task env_step method measure statistic value low high std n note source protocol".split()  # columns of its CSV
+TABLE = "task env_step method measure statistic value low high std n note source protocol".split()  # columns of the CSV
 MEASURES = ("last", "outcome")
 ALL = "all tasks"
 
 
 def last_common_step(frame):
-    """The last environment step at which all runs that have begun were evaluated; `Refused`: there is none."""
+    """The last environment step at which every run with evaluations has one; raises `Refused` if there is none."""
     common = set.intersection(*(set(steps) for _, steps in begun(frame).groupby("run")["env_step"]))
     if not common:
         raise Refused("--table: no environment step at which all runs were evaluated; name one, as --table 100000")
@@ -39,11 +39,11 @@ def last_common_step(frame):
 
 
 def returns_of(part, step, measure):
-    """One number a seed of one curve on one task, and what to say about the other seeds.
+    """One number per seed of one curve on one task, and a note about the other seeds.
 
     Returns:
-        Series by seed, empty where a seed that has begun was not evaluated at `step`, since a mean of the others would
-        flatter; and a note, which then lists those others.
+        Series indexed by seed, empty if a started seed has no evaluation at `step`, since the mean of the others would
+        be biased upwards; and a note, which then lists the others.
     """
     scores = measured(part, step, measure)
     lacking = [(seed, state) for seed, state in unfinished_seeds(part) if seed not in scores.index]
@@ -56,7 +56,7 @@ def returns_of(part, step, measure):
 
 
 def cell(part, step, measure):
-    """Mean over the seeds of one curve on one task, with its interval."""
+    """A dict with one curve's mean over seeds on one task and its interval."""
     scores, note = returns_of(part, step, measure)
     if scores.empty:
         return {"note": note}
@@ -65,7 +65,7 @@ def cell(part, step, measure):
 
 
 def pooled_returns(part, tasks, step, measure):
-    """Normalised returns of one curve, an array of seeds for each task, and why there are none if there are none."""
+    """Normalised returns of one curve, a list of (seeds,) arrays per task, and ""; or None and the reason."""
     found = []
     for task in tasks:
         scores, note = returns_of(part[part["task"] == task], step, measure)
@@ -79,7 +79,7 @@ def pooled_returns(part, tasks, step, measure):
 
 
 def pooled_cell(part, tasks, step, measure, statistic):
-    """The statistic of normalised returns over all tasks; `n` is the number of seeds of the task with the fewest."""
+    """The statistic of normalised returns over all tasks; `n` is the smallest number of seeds on any task."""
     pooled, note = pooled_returns(part, tasks, step, measure)
     if pooled is None:
         return {"note": note}
@@ -89,10 +89,10 @@ def pooled_cell(part, tasks, step, measure, statistic):
 
 
 def table_cells(frame, steps):
-    """Frame of columns TABLE, a row a cell: each task, then all tasks together; in each our curves, then published."""
+    """Frame with columns TABLE and one row per cell: task by task, then over all tasks; our curves before published."""
     tasks = list(frame["task"].unique())
     published = published_scores().rename(columns={"env_steps": "env_step", "mean": "value", "seeds": "n"})
-    at_random = published["method"] == "random policy"  # at any step
+    at_random = published["method"] == "random policy"  # belongs to every step
     published = pd.concat([published[at_random].assign(env_step=step) for step in steps] + [published[~at_random]])
     published = published.assign(measure="last", statistic="mean")
     cells = []
@@ -111,7 +111,7 @@ def table_cells(frame, steps):
 
 
 def in_cell(cell):
-    """Text of a row of `table_cells`."""
+    """The Markdown text of one row of `table_cells`."""
     if pd.isna(cell.value):
         return f"– ({cell.note})"
     n = [] if pd.isna(cell.n) else [str(cell.n)]
@@ -124,7 +124,7 @@ def in_cell(cell):
 
 
 def differences(frame, cells):
-    """Rows of a Markdown table: each pair of curves on each task, then over all tasks, in both measures."""
+    """Yield rows of a Markdown table: each pair of curves per task, then over all tasks, in both measures."""
     ours = cells[(cells["source"] == "runs") & cells["value"].notna()]
     tasks = list(frame["task"].unique())
     for (task, step, measure, statistic), row in ours.groupby(["task", "env_step", "measure", "statistic"], sort=False):
@@ -143,7 +143,7 @@ def differences(frame, cells):
 
 
 def beside_published(cells):
-    """A line a curve and step: which published means lie below, above, or too close to its last evaluations."""
+    """Yield a line per curve and step: is it above, below or indistinguishable from each published mean?"""
     last = cells[(cells["measure"] == "last") & (cells["task"] != ALL) & cells["value"].notna()]
     published = last[(last["source"] != "runs") & (last["n"] >= MIN_SEEDS) & last["std"].notna()]
     for ours in last[last["source"] == "runs"].itertuples():
@@ -160,7 +160,7 @@ def beside_published(cells):
 
 
 def markdown(frame, cells):
-    """The table, the differences between curves, how they compare with published means, and what those are."""
+    """The Markdown page: table, differences between curves, comparison with published means, and their sources."""
     ours = cells["source"] == "runs"
     published = cells[~ours].drop_duplicates("method").fillna({"protocol": "protocol not stated"})
     numbered = {method: f"{method} [{i}]" for i, method in enumerate(published["method"], 1)}
