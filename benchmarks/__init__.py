@@ -1,1 +1,1 @@
-"""Measurements of speed, memory and baselines; run them from the top folder as python -m benchmarks.NAME."""
+"""Measurements of speed, memory and baselines; run them from the repository root as python -m benchmarks.NAME."""

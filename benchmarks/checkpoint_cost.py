@@ -1,11 +1,11 @@
-"""What a checkpoint costs: time of saving and loading it, share of a run, bytes on disk.
+"""The cost of checkpoints: time to save and load one, share of a run's time, bytes on disk.
 
     python -m benchmarks.checkpoint_cost                            # the default networks on cartpole swingup
     python -m benchmarks.checkpoint_cost --transitions 100000 --flags="--domain_name walker --task_name walk"
 
-Fills a replay with episodes of a random policy, drawn once and repeated up to `--transitions`, then saves after each
-further episode. The share is that of one checkpoint every `--checkpoint_minutes` of the flags, 10 by default; what the
-journal costs between them, packing and writing each frame, is printed beside it.
+Fills a replay with `--transitions` from a few random-policy episodes, repeated, then saves after each further episode.
+The share assumes one checkpoint every `--checkpoint_minutes`, 10 by default. The journal's cost between checkpoints,
+to pack and write each frame, has its own line.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ from utils import GlobalRandomness
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Cost of checkpoints."""
+    """The cost of checkpoints."""
 
     transitions: int = 10_000
     """Transitions in the replay."""
     episodes: int = 2
-    """Episodes that are drawn."""
+    """Number of different episodes."""
     saves: int = 5
-    """Checkpoints whose time is measured."""
+    """Number of checkpoints to time."""
     flags: str = ""
     """Flags of train.py."""
 
@@ -53,7 +53,7 @@ def episode(env):
 
 
 def play(replay, rows):
-    """Put the rows of `episode` into the replay; seconds that it took."""
+    """Add the rows of `episode` to the replay; returns the seconds this took."""
     start = time.perf_counter()
     for obs, action, reward, terminated in rows:
         if action is None:
@@ -64,7 +64,7 @@ def play(replay, rows):
 
 
 def make(config, folder, device):
-    """(checkpoints, env, replay, agent) of a run that would write to `folder`."""
+    """(checkpoints, env, replay, agent) of a run in `folder`."""
     env, _, replay, agent = train.build(config, device)
     replay.open_journal(folder / "checkpoint")
     parts = {"agent": agent, **agent.optimizers, "replay": replay, "env": env, "randomness": GlobalRandomness()}
@@ -72,7 +72,7 @@ def make(config, folder, device):
 
 
 def measure(args, config, folder):
-    """Print the figures."""
+    """Measure and print all numbers."""
     device = choose_device(config.device)
     checkpoints, env, replay, agent = make(config, folder, device)
     episodes = [episode(env) for _ in range(args.episodes)]
@@ -81,7 +81,7 @@ def measure(args, config, folder):
         rows = episodes[transitions % len(episodes)]
         seconds += play(replay, rows)
         transitions += len(rows) - 1
-    agent.update(agent.augment(replay.sample(config.batch_size)), 0)  # optimizers have a state from here
+    agent.update(agent.augment(replay.sample(config.batch_size)), 0)  # creates the optimizers' state
     env.reset()
     saves = []
     for _ in range(args.saves):

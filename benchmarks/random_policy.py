@@ -1,11 +1,11 @@
-"""Return of the uniformly random policy, which a learning curve has to leave behind.
+"""Return of the uniformly random policy, the baseline of every learning curve.
 
     python -m benchmarks.random_policy
     python -m benchmarks.random_policy --tasks hopper-hop,cartpole-balance
 
-Prints rows of results/published_scores.csv, but for their last column: one action drawn for each decision at the task
-table's action repeat, mean and sample standard deviation over episodes. They are no seeds, so that the column of the
-seeds is empty.
+Prints rows of results/published_scores.csv without the last column: mean and sample standard deviation over episodes,
+with one random action per decision at the task table's action repeat. Episodes are not seeds, so the seeds column is
+empty.
 """
 
 import csv
@@ -23,13 +23,13 @@ class Args:
     """Measure the uniformly random policy."""
 
     tasks: str = ",".join(f"{domain}-{task}" for domain, task in TASK_TABLE)
-    """<domain>-<task>, comma between."""
+    """Comma-separated tasks, <domain>-<task>."""
     num_episodes: int = 100
-    """Episodes of each task, of 1,000 environment steps."""
+    """Episodes per task, of 1,000 environment steps each."""
 
 
 def random_returns(task, num_episodes):
-    """Undiscounted returns of that many episodes, a list of floats; nothing is drawn. `Refused`: no such task."""
+    """Undiscounted returns of `num_episodes` episodes, a list of floats, without rendering; `Refused`: no such task."""
     domain_name, _, task_name = task.partition("-")
     repeat = complete(Config(domain_name=domain_name, task_name=task_name)).action_repeat
     env = make(domain_name, task_name, seed=0, frame_skip=repeat)

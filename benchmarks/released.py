@@ -1,13 +1,13 @@
-"""Time of one update of the released code beside ours, in one run, sampling and augmentation of random frames included.
+"""Time of one update, the released code beside ours, including sampling and augmentation of random frames.
 
     git clone https://github.com/BangYou01/DY2P && git -C DY2P checkout 0ce9f0f
     python -m benchmarks.released DY2P
     python -m benchmarks.released DY2P --batch_sizes 256 --updates 20 --rows="--update_mode sequential"
 
-The released code is read from that checkout and is no part of this project. It runs as it is, but for what is missing
-today, which is replaced here: `gym` (only its names are used), kornia's RandomCrop (its own random corner for each
-image, as there) and `np.int`. Every row is measured in a process of its own, the released code's twice: with the
-allocator's defaults, which is what its user has, and with its threshold raised, as this project raises it.
+The released code is not part of this project; this command imports it unchanged from the checkout and replaces its
+missing dependencies: `gym` (it needs only the names), kornia's RandomCrop (here too with a random corner per image) and
+`np.int`. Each row runs in its own process. The released code has two rows: with the allocator's defaults, which its
+users have, and with the allocator's threshold raised, as in this project.
 """
 
 import dataclasses
@@ -43,15 +43,15 @@ class Args:
     dir: tyro.conf.Positional[str] = ""
     """Checkout of the released code."""
     batch_sizes: str = "128 256"
-    """Batch sizes, space between."""
+    """Space-separated batch sizes."""
     rows: str = "--update_mode sequential, --update_mode joint"
-    """Our rows: flags of train.py, comma between."""
+    """Our rows: comma-separated lists of train.py flags."""
     updates: int = 10
-    """Updates timed in each row."""
+    """Updates timed per row."""
 
 
 class RandomCrop(nn.Module):
-    """kornia.augmentation.RandomCrop: one random corner for each image of (B, C, H, W)."""
+    """kornia.augmentation.RandomCrop: crops (B, C, H, W) with one random corner per image."""
 
     def __init__(self, size):
         super().__init__()
@@ -71,7 +71,7 @@ def released_update(config, directory):
     sys.modules["gym"] = types.SimpleNamespace(Wrapper=object)
     np.int = int
     for name in ("utils", "encoder", "agent", "config"):
-        sys.modules.pop(name, None)  # ours
+        sys.modules.pop(name, None)  # unload our modules of the same names
     sys.path.insert(0, directory)
     import cody_sac
 
@@ -94,13 +94,13 @@ def released_update(config, directory):
 
 
 def our_update(config):
-    """The project's, as train.py runs it."""
+    """Our update, as train.py runs it."""
     agent, replay = make_agent(config, (9, 84, 84), 1, CPU), full_replay(config, random_frames((9, 84, 84)), 1, CPU)
     return lambda index: agent.update(agent.augment(replay.sample(config.batch_size)), index)
 
 
 def measure(config, updates, directory, raised):
-    """Milliseconds per update: of the released code in `directory`, of ours if that is None."""
+    """Milliseconds per update of the released code in `directory`, or of ours if `directory` is None."""
     limit_threads()
     if raised:
         keep_freed_memory()

@@ -1,17 +1,16 @@
-"""Speed and memory of the update and of whole decisions, each mode beside the faithful one.
+"""Speed and memory of updates and of whole decisions, each mode compared with the faithful one.
 
     python -m benchmarks.throughput                                           # CoDy at batch 128 and 256, all modes
     python -m benchmarks.throughput --rows="--agent cody_sac, --agent sac" --batch_sizes 512 --flags="--frame_stack 4"
 
-Every row is measured in a process of its own, so that no row inherits another's memory. Times are medians over pairs
-of updates (every second one steps actor and targets), sampling and augmentation included, on frames of one random
-episode. `ratio` is the row's time over that of the first row with this batch size. Where the machine is not steady,
-`--rounds 5` measures all rows five times: figures are then medians over the rounds, and the lowest and highest ratio
-stand beside theirs. `sample` and `augment` are the shares of `ReplayBuffer.sample` and `SAC.augment` in the row's time.
-FLOPs are counted by torch's FlopCounterMode; `of peak` is the time that they would take at the highest rate of their
-dtype that this run has seen, in products, convolutions or updates, over the time that they took. `decisions/s` are
-whole decisions on real pixels, the environment in its worker: act, environment step, store, sample, augment, update.
-`GB` is the process's own peak, on CUDA that of the GPU's memory.
+Each row runs in its own process, so no row inherits another's memory. Times are medians over pairs of updates (every
+second update steps actor and targets), including sampling and augmentation, on frames of one random episode. `ratio`
+is relative to the first row with the same batch size. On a noisy machine, `--rounds 5` measures all rows five times
+and prints medians, with the lowest and highest ratio. `sample` and `augment` are the shares of `ReplayBuffer.sample`
+and `SAC.augment` in the row's time. torch's FlopCounterMode counts FLOPs; `of peak` is the time they would take at
+their dtype's highest rate in any matrix product, convolution or update of this command, over the measured time.
+`decisions/s` counts whole decisions on real pixels, with the environment in its worker: act, environment step, store,
+sample, augment, update. `GB` is the peak memory of the process, or of the GPU on CUDA.
 """
 
 import collections
@@ -43,31 +42,31 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Table of speed and memory."""
+    """A table of speed and memory."""
 
     rows: str = "--update_mode sequential, --update_mode joint, --precision bf16, --update_mode joint --precision bf16"
-    """Flags of train.py, row by row, comma between; the first row is what the others are compared with."""
+    """Comma-separated rows of train.py flags; the first is the baseline of the others."""
     batch_sizes: str = "128 256"
-    """Values of --batch_size, space between."""
+    """Space-separated values of --batch_size."""
     flags: str = ""
     """Flags of train.py for every row."""
     updates: int = 10
-    """Updates timed in each row."""
+    """Updates timed per row."""
     decisions: int = 10
-    """Whole decisions timed in each row."""
+    """Whole decisions timed per row."""
     rounds: int = 1
-    """How often all rows are measured, one after the other."""
+    """Number of rounds; each measures every row once."""
 
 
 def now(device):
-    """Seconds, when all that was asked of the device is done."""
+    """The time in seconds, after the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def median_seconds(update, updates, device):
-    """Seconds per call of `update`, the median over pairs, after four that warm up."""
+    """Seconds per call of `update`: the median over pairs, after four warm-up calls."""
     times = []
     for _ in range(2 + updates // 2):
         start = now(device)
@@ -77,12 +76,12 @@ def median_seconds(update, updates, device):
 
 
 def random_frames(shape):
-    """The same 64 observations of noise in every row."""
+    """64 observations of noise, the same in every row."""
     return np.random.default_rng(0).integers(0, 256, (64, *shape), np.uint8)
 
 
 def frames_of_an_episode(env):
-    """The first 64 observations of a random episode, or fewer."""
+    """The first 64 observations of a random episode, or fewer if it is shorter."""
     frames, over = [env.reset()], False
     while not over and len(frames) < 64:
         env.start(env.action_space.sample())
@@ -93,7 +92,7 @@ def frames_of_an_episode(env):
 
 
 def full_replay(config, frames, actions, device):
-    """A full replay of these observations (64 or fewer, C, H, W), again and again."""
+    """A full replay that repeats these observations, (64 or fewer, C, H, W)."""
     space = gymnasium.spaces.Box(0, 255, frames.shape[1:], np.uint8)
     replay = ReplayBuffer(config, space, actions, device)
     n = len(frames)
@@ -118,7 +117,7 @@ def rates(device, names):
 
 
 def flops_of(function):
-    """FLOPs of a call by torch's FlopCounterMode, by dtype."""
+    """FLOPs of a call per dtype, by torch's FlopCounterMode."""
     by_dtype = collections.Counter()
 
     def tallied(formula):
@@ -126,7 +125,7 @@ def flops_of(function):
             by_dtype[next(arg.dtype for arg in args if isinstance(arg, torch.Tensor))] += formula(*args, **kwargs)
             return 0
 
-        count._get_raw = True  # FlopCounterMode's mark of a formula that takes tensors, not shapes
+        count._get_raw = True  # tells FlopCounterMode that the formula takes tensors, not shapes
         return count
 
     with FlopCounterMode(display=False, custom_mapping={op: tallied(f) for op, f in flop_registry.items()}):
@@ -135,7 +134,7 @@ def flops_of(function):
 
 
 def measure(config, updates, decisions):
-    """Figures of one row, a dict."""
+    """The measurements of one row, a dict."""
     keep_freed_memory()
     limit_threads()
     device = choose_device(config.device)
@@ -161,7 +160,7 @@ def measure(config, updates, decisions):
     seconds = median_seconds(update, updates, device)
     flops = {name: value / 2 for name, value in flops_of(lambda: (update(), update())).items()}
     obs = env.reset()
-    agent.act(obs, sample=True)  # compiled by now, if it is to be
+    agent.act(obs, sample=True)  # triggers compilation, if enabled
     start = now(device)
     for _ in range(decisions):
         action = agent.act(obs, sample=True)
@@ -181,13 +180,13 @@ def measure(config, updates, decisions):
 
 
 def in_own_process(function, *args):
-    """function(*args) from a new process."""
+    """The result of function(*args) in a new process."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def rows_of(args):
-    """[(the row's flags, its config)], batch size by batch size; `Refused` if one cannot be timed."""
+    """[(the row's flags, its config)], ordered by batch size; `Refused` if a flag is invalid."""
     for flag, least in {"updates": 2, "decisions": 2, "rounds": 1}.items():
         if getattr(args, flag) < least:
             raise Refused(f"--{flag} {getattr(args, flag)}: must be at least {least}")
@@ -201,7 +200,7 @@ def rows_of(args):
 
 
 def measure_rows(rows, args):
-    """One round: the figures of each row in turn, `ratio` among them."""
+    """One round: the measurements of each row, including `ratio`."""
     results, baselines = [], {}
     for _, config in rows:
         row = in_own_process(measure, config, args.updates, args.decisions)
@@ -211,7 +210,7 @@ def measure_rows(rows, args):
 
 
 def over_rounds(rows):
-    """Figures of one row from those of each round: medians, of the peaks the highest, and all ratios."""
+    """Combine one row's rounds: medians, the highest peak rates, and the list of all ratios."""
     figures = {name: statistics.median(row[name] for row in rows) for name in rows[0].keys() - {"flops", "peaks"}}
     figures["flops"] = rows[0]["flops"]
     figures["peaks"] = {name: max(row["peaks"][name] for row in rows) for name in rows[0]["peaks"]}
@@ -220,9 +219,9 @@ def over_rounds(rows):
 
 
 def highest_rates(rows):
-    """{dtype: FLOP/s} of the probes, or of an update that beats them, so that no row is above 100 %."""
+    """{dtype: FLOP/s} of the probes, or of an update that beats them, so no row exceeds 100 %."""
     best = {name: max(row["peaks"].get(name, 1.0) for row in rows) for name in DTYPES}
-    for row in sorted(rows, key=lambda row: row["flops"]["bf16"]):  # those of float32 alone first
+    for row in sorted(rows, key=lambda row: row["flops"]["bf16"]):  # pure float32 rows first
         name = "bf16" if row["flops"]["bf16"] else "fp32"
         others = sum(row["flops"][other] / best[other] for other in DTYPES if other != name)
         best[name] = max(best[name], row["flops"][name] / (row["seconds"] - others))
@@ -230,7 +229,7 @@ def highest_rates(rows):
 
 
 def print_table(rows, results):
-    """One line a row."""
+    """Print one line per row."""
     best = highest_rates(results)
     width = max(len(name) for name, _ in rows) + 2
     titles = ("batch", "ms", "ratio", "sample", "augment", "decisions/s", "GFLOP", "of peak", "GB", "KB/transition")
