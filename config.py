@@ -12,11 +12,11 @@ import math
 import os
 import re
 import sys
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import tyro
 
-from endings import LINE, Refused
+from endings import Refused
 
 # (domain, task) -> action repeat, decisions, decisions between evaluations; 500K environment steps each.
 # Action repeats: PlaNet (arXiv 1811.04551), table 1, as used by SAC+AE, CURL and DrQ.
@@ -377,7 +377,7 @@ def _combinations(c: Config):
     same_size, size = c.pre_transform_image_size == c.image_size, shorten(c.image_size)
     right = "has no effect without --encoder_type pixel or protorl"
     yield pixels or same_size, "pre_transform_image_size", right
-    right = "lies in the memory of this process; use --replay_device auto or cpu"
+    right = "is kept in this process's memory; use --replay_device auto or cpu"
     yield c.replay_storage != "lz4" or c.replay_device != "cuda", "replay_storage", right
     right = "has no effect with --run_dir, which names the folder exactly"
     yield c.run_dir is None or c.work_dir == defaults["work_dir"], "work_dir", right
@@ -400,6 +400,7 @@ def parse_flags(flags, args=None, default=None):
     `--help` prints and exits; bad input raises `Refused`.
     """
     args = sys.argv[1:] if args is None else list(args)
+    _check_words(flags, args)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -407,40 +408,34 @@ def parse_flags(flags, args=None, default=None):
     except SystemExit as exit_:
         if not exit_.code:
             raise
-        line = _one_line(errors.getvalue())
-        line = _wrong_type(line) or line
-        if "Unrecognized options" in line:
-            line = _unrecognized(flags, args) or line
-        raise Refused(line if len(line) <= LINE else line[: LINE - 3] + "...") from None
+        raise Refused(_one_line(errors.getvalue())) from None
 
 
-def _unrecognized(flags, args) -> str | None:
-    """The first flag of `args` that `flags` lacks, and the nearest real one."""
-    real = {f"--{field.name}" for field in dataclasses.fields(flags)}
-    real |= {f"--no_{field.name}" for field in dataclasses.fields(flags) if field.type is bool}
-    for arg in args:
-        flag = arg.split("=")[0].replace("-", "_").replace("__", "--", 1)
-        if re.match(r"--?[a-zA-Z]", arg) and flag not in real:
-            nearest = difflib.get_close_matches(flag[2:], [name[2:] for name in real], n=1, cutoff=0.5)
-            right = f"the nearest is --{nearest[0]}" if nearest else "--help lists them"
-            return f"unrecognized flag {shorten(arg.split('=')[0])}; {right}"
-    return None
-
-
-def _wrong_type(line) -> str | None:
-    """tyro's message for a value that is not a number, rewritten as flag, value and what would be right."""
-    found = re.match(
-        r"Error parsing (--\w+): (?:no type matching (?:\{None\}\|)?(.*) could be instantiated from \[(.*?)\]\."
-        r"|invalid literal for (INT)\(\) with base 10: (.*)|could not convert string to (FLOAT): (.*))",
-        line,
-        re.IGNORECASE,
-    )
-    if not found:
-        return None
-    flag, kind, value = (part for part in found.groups() if part is not None)
-    value = value[1:-1].replace("', '", " ")
-    what = {"INT": "a whole number", "FLOAT": "a number"}.get(kind.upper(), "whole numbers")
-    return f"{flag} {value}: must be {what}"
+def _check_words(flags, args) -> None:
+    """Refuse an unknown flag, a number that is none and a wrong choice, before tyro explains them in a box."""
+    types = {f"--{field.name}": field.type for field in dataclasses.fields(flags)}
+    known = [*types, *(f"--no_{flag[2:]}" for flag, type_ in types.items() if type_ is bool)]
+    for i, word in enumerate(args):
+        if word in ("-h", "--help"):
+            return
+        if not re.match(r"--?[a-zA-Z]", word):
+            continue
+        given, equals, value = word.partition("=")
+        flag = given.replace("-", "_").replace("__", "--", 1)
+        if flag not in known:
+            nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+            right = f"the nearest is {nearest[0]}" if nearest else "--help lists them"
+            raise Refused(f"unrecognized flag {shorten(given)}; {right}")
+        value = value if equals else "".join(args[i + 1 : i + 2])
+        kinds = get_args(types.get(flag)) or (types.get(flag),)
+        if get_origin(types.get(flag)) is Literal and value not in kinds:
+            raise Refused(f"{flag} {shorten(value)}: must be one of {', '.join(kinds)}")
+        for number, right in ((int, "a whole number"), (float, "a number")):
+            if number in kinds and value and not (value == "None" and type(None) in kinds):
+                try:
+                    number(value)
+                except ValueError:
+                    raise Refused(f"{flag} {value}: must be {right}") from None
 
 
 def parse(args=None) -> Config:

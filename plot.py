@@ -77,7 +77,7 @@ def parse_command(argv):
             if word.startswith("--"):
                 break
             if not word.lstrip("-").isdigit():
-                raise Refused(f"--table {word}: must be environment steps; folders stand before --table")
+                raise Refused(f"--table {word}: must be environment steps; folders come before --table")
     args = parse_flags(Args, argv)
     if not args.paths:
         raise Refused("names nothing to plot; name folders of runs or files of curves, as plot.py runs/omega")

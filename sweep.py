@@ -80,7 +80,7 @@ def parse_command(argv):
     for word in own:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
         if word.startswith("--") and name in (of_runs | {"task"}) - known:
-            raise Refused(f"{word.partition('=')[0]}: a flag of train.py; those stand behind a --")
+            raise Refused(f"{word.partition('=')[0]}: a flag of train.py, which comes after the --")
     args = parse_flags(Args, own)
     if [getattr(args, mode) for mode in MODES].count(None) != 2:
         raise Refused("needs one of --name, --resume and --status")

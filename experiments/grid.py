@@ -37,7 +37,7 @@ def parse_grid(flags):
     while tokens:
         flag, equals, value = tokens.pop(0).partition("=")
         if not re.fullmatch(r"--[a-zA-Z].*", flag):
-            raise Refused(f"{shorten(flag)}: what stands behind the -- must be flags of train.py and their values")
+            raise Refused(f"{shorten(flag)}: flags of train.py and their values come after the --")
         if not equals:
             value = tokens.pop(0) if tokens and not tokens[0].startswith("--") else None
         name = flag[2:].replace("-", "_")
@@ -77,7 +77,7 @@ def parse_variants(args):
         except ValueError as error:
             raise Refused(f"--variant {name}: {error}") from None
         if any(len(values) > 1 for values in variants[name].values()):
-            raise Refused(f"--variant {name}: has a grid in it; grids stand behind the --")
+            raise Refused(f"--variant {name}: contains a grid; grids come after the --")
     if args.only is not None:
         for name in args.only.split(","):
             if name not in variants:
@@ -94,7 +94,7 @@ def combinations(variants, grid):
         point = dict(zip(axes, values, strict=True))
         for variant, own in variants.items():
             if clash := [name for name in own if len(grid.get(name, [])) > 1]:
-                raise Refused(f"--{clash[0]}: has several values behind the --, and one in --variant {variant}")
+                raise Refused(f"--{clash[0]}: has several values after the -- and one in --variant {variant}")
             flags = {**point, **{name: value for name, (value,) in own.items()}}
             yield variant, [f"{name}={point[name]}" for name in several], flags
 

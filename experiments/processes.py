@@ -145,7 +145,7 @@ class Processes:
         for _, process in self._active.values():
             process.wait()
         for run in self._done_elsewhere():
-            self._say(f"{run.folder}: goes on in {self._who(run)}, which this sweep has not started")
+            self._say(f"{run.folder}: still running in {self._who(run)}, which this sweep did not start")
 
 
 def run_here(folder, runs, jobs, todo):

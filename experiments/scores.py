@@ -173,7 +173,7 @@ def with_curves(frame, hue):
             nearest = f"; the nearest is {near[0]}" if near else ""
             raise Refused(f"--hue {name}: not variant, agent or a flag of the method{nearest}")
         if name not in frame or ours[name].isna().any():
-            right = "not all runs lie in <variant>/<task>/s<seed>" if name == "variant" else "not known of all runs"
+            right = "not all runs are in <variant>/<task>/s<seed>" if name == "variant" else "not known of all runs"
             raise Refused(f"--hue {name}: {right}")
     values = frame[names]
     label = values.map(lambda v: f"{v:g}" if isinstance(v, float) else str(v)).agg(", ".join, axis=1)

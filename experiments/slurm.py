@@ -29,7 +29,7 @@ def fill(path, **values):
             raise Refused(f"--slurm_script {path}: {place} is missing in it")
         cannot = "\n" if name == "options" else '\n"$`\\' + "%" * (name == "folder")  # Slurm reads % as a number
         if bad := set(str(value)) & set(cannot):
-            raise Refused(f"--slurm: {value} has {''.join(bad)!r} in it, which cannot stand in a batch script")
+            raise Refused(f"--slurm: {value} has {''.join(bad)!r} in it, which a batch script cannot hold")
         script = script.replace(place, str(value))
     return script
 

@@ -138,7 +138,7 @@ class Checkpoints:
                 damaged.append(str(error))
                 continue
             if damaged:
-                self._message(f"warning: {damaged[0]}: going on from the checkpoint before")
+                self._message(f"warning: {damaged[0]}: resuming from the checkpoint before it")
             replay = {name: entry for name, entry in files.items() if not name.endswith(".pt")}
             try:
                 self._parts["replay"].read(self._folder, replay)

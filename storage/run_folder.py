@@ -267,8 +267,8 @@ def check_goes_on(config):
         return
     if finished:
         raise Refused(
-            f"--num_train_steps {config.num_train_steps}: the run in {folder} is finished and has not kept what it "
-            "needs to go on; --keep_checkpoint keeps it"
+            f"--num_train_steps {config.num_train_steps}: the run in {folder} is finished and kept no checkpoint; "
+            "--keep_checkpoint keeps it"
         )
     log = folder / "train.log"
     if log.exists() and log.stat().st_size:
@@ -328,7 +328,7 @@ class RunFolder:
             raise Refused(f"--{flag} {value}: {error}") from None
         if resumes != (self.path / "args.json").exists():
             self.release()
-            raise Refused(f"--run_dir {value}: another process has just begun a run there")
+            raise Refused(f"--run_dir {value}: another process has just started a run there")
         if resumes:  # another process may have changed the run since parse_run
             check_goes_on(config)
             if load_args(self.path)["num_train_steps"] > config.num_train_steps:

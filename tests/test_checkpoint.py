@@ -137,7 +137,7 @@ def test_a_changed_manifest(saved, tmp_path):
     path.write_text(text.replace('"numpy": "2"', '"numpy": "3"'))
     said = []
     assert text != path.read_text() and open_run(tmp_path / "run", said)[0].load()
-    assert said == [f"warning: {path}: damaged (its sum is wrong): going on from the checkpoint before"]
+    assert said == [f"warning: {path}: damaged (its sum is wrong): resuming from the checkpoint before it"]
 
 
 @pytest.mark.parametrize("damage", [truncated, flipped, lambda data: b"", None])

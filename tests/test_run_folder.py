@@ -52,7 +52,7 @@ def test_a_run_grows(begun, tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)  # a long path would cut the line
     result = call("train.py", f"{longer} --run_dir copy/finished")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "finished and has not kept what it needs to go on; --keep_checkpoint keeps it" in result.stderr
+    assert "finished and kept no checkpoint; --keep_checkpoint keeps it" in result.stderr
     result = call("train.py", f"{longer} --run_dir {tmp_path}/copy/kept")
     assert result.returncode == 0 and "resumes at step 16" in result.stdout
     assert call("train.py", f"{SHORT} {longer} --run_dir {tmp_path}/whole").returncode == 0

@@ -204,9 +204,9 @@ def test_shipped_variants(here, call, file):
         ("--resume b --variant x:", "--variant: has no effect with --resume"),
         ("--name a --runs_per_job 2", "--runs_per_job, --slurm_script: have no effect without --slurm"),
         ("--resume b --array 1", "--array, --element: only together"),
-        ("--name a --seed 0,1", "--seed: a flag of train.py; those stand behind a --"),
-        ("--name a --dry_run --no-save-tb", "--no-save-tb: a flag of train.py; those stand behind a --"),
-        ("--name a --task=walker-walk", "--task: a flag of train.py; those stand behind a --"),
+        ("--name a --seed 0,1", "--seed: a flag of train.py, which comes after the --"),
+        ("--name a --dry_run --no-save-tb", "--no-save-tb: a flag of train.py, which comes after the --"),
+        ("--name a --task=walker-walk", "--task: a flag of train.py, which comes after the --"),
         ("--name a --everything", "unrecognized flag --everything; --help lists them"),
         ("--name a --job 2", "unrecognized flag --job; the nearest is --jobs"),
         ("--name a --jobs 0", "--jobs 0: must be at least 1"),
@@ -225,8 +225,8 @@ def test_shipped_variants(here, call, file):
         ("--name a -- --omega_cody_loss 0.1,0.10", "omega_cody_loss=0.1/cartpole-swingup/s1 and omega_cody_loss=0.10/"),
         ("--name a -- --seed 1 --seed 2", "--seed: given twice; values with commas between them make a grid"),
         ("--name a -- --seed -1", "--seed -1: the seeds of a sweep are names of folders; give them"),
-        ("--name a -- seed 1", "seed: what stands behind the -- must be flags of train.py and their values"),
-        ("--name a -- --seed 1 2", "2: what stands behind the -- must be flags of train.py and their values"),
+        ("--name a -- seed 1", "seed: flags of train.py and their values come after the --"),
+        ("--name a -- --seed 1 2", "2: flags of train.py and their values come after the --"),
         ("--name a -- --run_dir x", "--run_dir: a sweep names the folders of its runs"),
         ("--name a -- --save_video yes", "--save_video yes: takes no value, or true and false for a grid"),
         ("--name a -- --task walker", "--task walker: must be domain-task, such as cartpole-swingup"),
@@ -253,9 +253,9 @@ def test_one_wrong_value_is_one_line_and_creates_nothing(here, call, words, line
     [
         ("x --agent sac", "--variant x --agent sac: must be 'name: flags'"),
         ("..: --agent sac", "--variant ..: --agent sac: must be 'name: flags'"),
-        ("x: --batch_size 1,2", "--variant x: has a grid in it; grids stand behind the --"),
+        ("x: --batch_size 1,2", "--variant x: contains a grid; grids come after the --"),
         ('x: --agent "sac', "--variant x: No closing quotation"),
-        ("y: --seed 3", "--seed: has several values behind the --, and one in --variant y"),
+        ("y: --seed 3", "--seed: has several values after the -- and one in --variant y"),
     ],
 )
 def test_wrong_variants(here, variant, line):
@@ -381,7 +381,7 @@ def test_runs_that_a_killed_sweep_has_left_behind(here, start):
     who = f"cody_sac/cartpole-swingup/s5: {{}} process {pid} on {socket.gethostname()}, which {{}}\n"
     said = stopped.communicate(timeout=30)[0]
     assert who.format("waiting for", "does this run already") in said
-    assert who.format("goes on in", "this sweep has not started") in said
+    assert who.format("still running in", "this sweep did not start") in said
     assert load_state(here / "cody_sac/cartpole-swingup/s0") == "missing" and load_state(first) == "running"
     assert (first / "times").read_text().count("\n") == 1
     os.kill(load_status(first)["pid"], signal.SIGTERM)

@@ -245,7 +245,7 @@ def test_evaluate_refuses_in_one_line(trained, tmp_path, monkeypatch, call):
         ("--run list", f"list: {no_run}"),
         ("--run other", f"other: {no_run}--batch_size 0: must be at least 1)"),
         ("--run typed", f"typed: {no_run}--batch_size a: must be a whole number)"),
-        ("--run curl", f"curl: {no_run}invalid choice 'curl_sac' for argument '--agent'."),
+        ("--run curl", f"curl: {no_run}--agent curl_sac: must be one of cody_sac"),
         ("--rum run", "unrecognized flag --rum; the nearest is --run"),
         (f"--run {'x' * 300}", "xxx"),
         ("--run run --num_eval_episodes 0", "--num_eval_episodes 0: must be at least 1"),
