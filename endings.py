@@ -58,7 +58,7 @@ class RunEnded(Ending):
 
 
 # exceptions that a command's main handles; all others are bugs and keep their traceback
-EXPECTED = (Ending, OSError, KeyboardInterrupt)
+EXPECTED = (Ending, OSError, MemoryError, KeyboardInterrupt)
 
 
 def end(error):

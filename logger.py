@@ -42,7 +42,7 @@ TRAIN_COLUMNS = {
 }
 MEDIAN_WINDOW = 20  # reads in the running median of the divergence warning, which needs at least half of them
 COLLAPSED = {"latent_std": 0.05, "latent_rank": 3}  # latents below either value have collapsed
-COLLAPSE_AFTER = 2_000  # updates; new encoders look collapsed, healthy ones pass 0.5 and 20 well before
+COLLAPSE_AFTER = 2_000  # updates; new encoders look collapsed, healthy runs stay above 0.6 and 20 from then on
 WANDB_SECONDS = 20  # limit for uploads at a run's end; a cluster may kill a job after 30
 EVAL_COLUMNS = {"episode": "E", "step": "S", "episode_reward": "R", "duration": "D"}
 

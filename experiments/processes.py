@@ -1,6 +1,7 @@
 """Runs as parallel processes on this machine."""
 
 import collections
+import contextlib
 import os
 import signal
 import socket
@@ -100,8 +101,8 @@ class Processes:
         return [run for run in self._waiting if is_written(self._folder / run.folder)]
 
     def _who(self, run):
-        word = load_status(self._folder / run.folder)
-        return f"process {word['pid']} on {word['host']}" if word else "another process"
+        status = load_status(self._folder / run.folder)
+        return f"process {status['pid']} on {status['host']}" if status else "another process"
 
     def _start(self, run, environment):
         self.watched.add(run.folder)
@@ -121,7 +122,8 @@ class Processes:
     def _ended(self, run, code):
         path = self._folder / run.folder
         if not (path / "args.json").exists():
-            write_json(path / EXIT_CODE, code)
+            with contextlib.suppress(OSError):  # a full disk must not stop the other runs
+                write_json(path / EXIT_CODE, code)
         if code == 0:
             self._say(f"{run.folder}: finished, return {return_text(run_status(path))}")
         elif code == DIVERGED:

@@ -29,12 +29,12 @@ class RunStatus(NamedTuple):
 
 def run_status(run):
     """`RunStatus` of the run in folder `run`."""
-    state, word = load_state(run), load_status(run)
+    state, recorded = load_state(run), load_status(run)
     if not (run / "args.json").exists():
         return RunStatus("died" if state == "died" else "waiting", 0, None, None, None, last_line(run))
     evaluations, episodes = load_rows(run, "eval.log"), load_rows(run, "train.log")
     args = load_args(run)
-    step = max(word.get("step", 0), evaluations[-1]["step"] if evaluations else 0)
+    step = max(recorded.get("step", 0), evaluations[-1]["step"] if evaluations else 0)
     seconds = None
     timed = [row for row in episodes if row["step"] > args["init_steps"]][-20:]
     if state == "running" and len(timed) > 1:
@@ -42,7 +42,7 @@ def run_status(run):
         seconds = pace * (args["num_train_steps"] - step)
     note = ""
     if state in ("stopped", "diverged"):
-        note = word.get("reason", "")
+        note = recorded.get("reason", "")
     elif state == "died":
         note = last_line(run)
     last = evaluations[-1]["episode_reward"] if evaluations else None

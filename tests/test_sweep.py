@@ -2,6 +2,7 @@
 and writes a run's folder as train.py does; what a real one needs is tested with real ones at the end."""
 
 import contextlib
+import errno
 import fcntl
 import importlib
 import json
@@ -421,6 +422,16 @@ def test_a_run_that_ends_before_it_begins(here, call, script, state, word):
     result = call("sweep.py", f"--status {here}")
     assert [load_state(run) for run in find_runs(here)] == [state]
     assert word in result.stdout and result.stdout.endswith(f"1 {status.run_status(find_runs(here)[0]).state}\n")
+
+
+def test_a_full_disk_under_a_run_that_cannot_begin_stops_no_other(here, call, monkeypatch):
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (here.parent.parent / "code" / "train.py").write_text("raise SystemExit(1)")
+    monkeypatch.setattr(processes, "write_json", full)
+    result = call("sweep.py", "--name a -- --seed 0,1")
+    assert result.returncode == 1 and result.stdout.count("given up") == 2
 
 
 def test_only_runs_that_change_are_read(here, call, monkeypatch):

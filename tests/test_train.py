@@ -304,6 +304,15 @@ def test_memory_that_the_networks_lack(tmp_path, monkeypatch, call, when):
     assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
 
 
+def test_memory_that_runs_out_before_a_run_begins(tmp_path, monkeypatch, call):
+    def build(*args):
+        raise MemoryError("Unable to allocate 2.00 GiB for an array")
+
+    monkeypatch.setattr(train, "build", build)
+    result = call("train.py", f"{STATE} --run_dir {tmp_path}/a")
+    assert (result.returncode, result.stderr) == (1, "train.py: Unable to allocate 2.00 GiB for an array\n")
+
+
 def test_the_last_rows_are_on_the_disk_before_the_checkpoint_goes(tmp_path, monkeypatch, call):
     """Else a power cut takes them, and what they could be computed from."""
     synced = {}
