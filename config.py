@@ -4,18 +4,13 @@
 with a one-line message: the flag, its value, and what would be right.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import io
 import math
 import os
 import re
-import sys
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
-import tyro
-
+from command_line import parse_flags, shorten
 from endings import Refused
 
 # (domain, task) -> action repeat, decisions, decisions between evaluations; 500K environment steps each.
@@ -31,14 +26,12 @@ TASK_TABLE = {
 ENV_STEPS = 500_000  # training budget of a task outside the table
 EVAL_ENV_STEPS = 10_000  # environment steps between evaluations of a task outside the table
 EPISODE_LENGTH = 1_000  # environment steps in a DeepMind Control episode
-FLOAT32_MIN, FLOAT32_MAX = 2.0**-149, (2 - 2.0**-23) * 2.0**127  # the networks compute in float32
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Train SAC from pixels on a DeepMind Control task, its encoder shared with the CoDy auxiliary task."""
+class TaskFlags:
+    """The task and its observations."""
 
-    # environment
     domain_name: str = "cartpole"
     """DeepMind Control domain."""
     task_name: str = "swingup"
@@ -47,17 +40,25 @@ class Config:
     """Physics control steps per decision. None: the task table's value, else 1."""
     frame_stack: int | None = None
     """Frames in one observation. None: 3, or 1 with --encoder_type identity."""
+    image_size: int = 84
+    """Height and width in pixels of the encoder's input."""
     pre_transform_image_size: int | None = None
     """Rendered height and width in pixels. If larger than image_size: random crops for training, centre crop for
     acting. None: image_size, with random shifts."""
     camera_id: int | None = None
     """Camera for frames and videos. None: the task's usual one, 2 for quadruped, else 0."""
-    image_size: int = 84
-    """Height and width in pixels of the encoder's input."""
 
-    # training
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFlags:
+    """The agent, its budget and its evaluations."""
+
     agent: Literal["cody_sac", "sac", "sac_ae"] = "cody_sac"
     """SAC with the CoDy auxiliary task, without one, or with SAC+AE's reconstruction loss (and no augmentation)."""
+    seed: int = 1
+    """Random seed; -1 draws one and records it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the networks; auto is cuda if available."""
     num_train_steps: int | None = None
     """Decisions in the run. None: the task table's value, else 500,000 environment steps."""
     init_steps: int = 1_000
@@ -68,16 +69,16 @@ class Config:
     """Pairs of consecutive transitions per update. Released: README 256, train.sh 512, default 32."""
     replay_buffer_capacity: int = 100_000
     """Capacity of the replay buffer in transitions."""
-    hidden_dim: int = 1024
-    """Width of the hidden layers of actor, critic and CoDy."""
-    discount: float = 0.99
-    """Discount factor gamma per decision."""
-    seed: int = 1
-    """Random seed; -1 draws one and records it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the networks; auto is cuda if available."""
+    eval_freq: int | None = None
+    """Decisions between evaluations. None: the task table's value, else 10,000 environment steps."""
+    num_eval_episodes: int = 10
+    """Episodes per evaluation."""
 
-    # speed
+
+@dataclasses.dataclass(frozen=True)
+class SpeedFlags:
+    """Speed and memory; only update_mode and precision change the numbers."""
+
     update_mode: Literal["sequential", "joint"] = "sequential"
     """sequential: the critic's and CoDy's optimizers step the encoder in turn. joint: one forward of o_t and one
     backward through the encoder for both losses, one Adam at encoder_lr; the actor reuses the features."""
@@ -93,13 +94,15 @@ class Config:
     env_worker: bool = True
     """Step the environment in its own process during the updates, and evaluate in up to four; same results."""
 
-    # evaluation
-    eval_freq: int | None = None
-    """Decisions between evaluations. None: the task table's value, else 10,000 environment steps."""
-    num_eval_episodes: int = 10
-    """Episodes per evaluation."""
 
-    # critic
+@dataclasses.dataclass(frozen=True)
+class SACFlags:
+    """Soft actor-critic: critic, actor, temperature."""
+
+    hidden_dim: int = 1024
+    """Width of the hidden layers of actor, critic and CoDy."""
+    discount: float = 0.99
+    """Discount factor gamma per decision."""
     critic_lr: float = 1e-3
     """Adam learning rate of the Q networks and, unless --update_mode joint, of the encoder in the critic's step."""
     critic_beta: float = 0.9
@@ -114,8 +117,6 @@ class Config:
     """M: augmentations of the observation over which the critic's loss is averaged."""
     detach_encoder: bool = False
     """Stop the critic's gradient at the convolutions' output."""
-
-    # actor
     actor_lr: float = 1e-3
     """Adam learning rate of the actor."""
     actor_beta: float = 0.9
@@ -126,8 +127,6 @@ class Config:
     """Upper bound of the policy's log standard deviation."""
     actor_update_freq: int = 2
     """Updates between steps of the actor and the temperature."""
-
-    # temperature
     init_temperature: float = 0.1
     """Initial entropy temperature alpha."""
     alpha_lr: float = 1e-4
@@ -135,7 +134,11 @@ class Config:
     alpha_beta: float = 0.5
     """Adam beta1 of the temperature."""
 
-    # encoder
+
+@dataclasses.dataclass(frozen=True)
+class EncoderFlags:
+    """The encoder, shared by SAC and the auxiliary task."""
+
     encoder_type: Literal["pixel", "protorl", "identity"] = "pixel"
     """pixel: convs, linear, LayerNorm. protorl: pixels minus 1/2, LayerNorm and tanh moved into actor and critic.
     identity: train from the task's state instead of pixels."""
@@ -154,7 +157,11 @@ class Config:
     num_filters: int = 32
     """Filters per convolution."""
 
-    # CoDy
+
+@dataclasses.dataclass(frozen=True)
+class CoDyFlags:
+    """The CoDy auxiliary task."""
+
     cody_lr: float = 1e-4
     """Adam learning rate of CoDy's own networks."""
     cody_beta2: float = 0.999
@@ -192,7 +199,11 @@ class Config:
     predictor_layers: int = 2
     """Number of linear layers in the predictor."""
 
-    # SAC+AE
+
+@dataclasses.dataclass(frozen=True)
+class DecoderFlags:
+    """The reconstruction loss of --agent sac_ae."""
+
     decoder_lr: float = 1e-3
     """Adam learning rate of the decoder; the encoder's, in the same step, is encoder_lr."""
     decoder_update_freq: int = 1
@@ -202,7 +213,11 @@ class Config:
     decoder_weight_lambda: float = 1e-7
     """Weight decay of the decoder."""
 
-    # output
+
+@dataclasses.dataclass(frozen=True)
+class OutputFlags:
+    """Folders, checkpoints and logs."""
+
     work_dir: str = "runs"
     """Folder for all runs; this run writes <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/."""
     run_dir: str | None = None
@@ -225,6 +240,25 @@ class Config:
     """Write an mp4 of the first episode of each evaluation to video/."""
     save_model: bool = False
     """Write the networks to model/ at each evaluation; evaluate.py reads them."""
+
+
+GROUPS = {  # title in --help: its flags
+    "task": TaskFlags,
+    "training": TrainingFlags,
+    "speed": SpeedFlags,
+    "SAC": SACFlags,
+    "encoder": EncoderFlags,
+    "CoDy": CoDyFlags,
+    "decoder": DecoderFlags,
+    "output": OutputFlags,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(*reversed(GROUPS.values())):
+    """Train SAC from pixels on a DeepMind Control task, its encoder shared with the CoDy auxiliary task."""
+
+    groups = GROUPS
 
     @property
     def max_episode_steps(self) -> int:
@@ -275,14 +309,11 @@ VARIANTS = (
     "kl_prior kl_encoder key_encoder dynamics_layer_norm reward_prediction reward_norm action_encoder projection "
     "predictor_layers"
 ).split()
-CODY = "cody_objective beta_cody_loss cody_lr omega_cody_loss".split() + VARIANTS
-CODY += "cody_beta2 cody_warmup_updates cody_max_grad_norm cody_grad_ratio".split()
 NOT_SAC_AE = "num_strided_layers target_augmentations critic_augmentations".split()
-DECODER = "decoder_lr decoder_update_freq decoder_latent_lambda decoder_weight_lambda".split()
-PIXELS = (
-    "image_size num_layers num_strided_layers conv_init num_filters encoder_feature_dim encoder_lr encoder_tau "
-    "detach_encoder precision update_mode target_augmentations critic_augmentations"
-).split()
+PIXELS = "image_size precision update_mode target_augmentations critic_augmentations detach_encoder".split()
+PIXELS += [field.name for field in dataclasses.fields(EncoderFlags) if field.name != "encoder_type"]
+CODY = [field.name for field in dataclasses.fields(CoDyFlags)]
+DECODER = [field.name for field in dataclasses.fields(DecoderFlags)]
 
 
 def check(config: Config) -> None:
@@ -297,17 +328,15 @@ def _ranges(c: Config):
     """(ok, flag, what would be right) for each value on its own."""
     floats = [f.name for f in dataclasses.fields(c) if isinstance(getattr(c, f.name), float)]
     yield from ((math.isfinite(getattr(c, flag)), flag, "must be finite") for flag in floats)
-    yield from ((abs(getattr(c, flag)) <= FLOAT32_MAX, flag, "is more than float32 holds") for flag in floats)
     yield from ((getattr(c, flag) >= 1, flag, "must be at least 1") for flag in AT_LEAST_1)
     yield from ((getattr(c, flag) > 0, flag, "must be positive") for flag in POSITIVE)
     yield from ((0 < getattr(c, flag) <= 1, flag, "must be in (0, 1]") for flag in FRACTIONS)
-    yield from ((getattr(c, flag) >= FLOAT32_MIN, flag, "is 0 in float32") for flag in POSITIVE + FRACTIONS)
     yield from ((0 <= getattr(c, flag) < 1, flag, "must be in [0, 1)") for flag in BETAS)
     yield 0 <= c.discount <= 1, "discount", "must be in [0, 1]"
     yield from ((getattr(c, flag) >= 0, flag, "must not be negative") for flag in WEIGHTS)
     for flag in ("cody_max_grad_norm", "cody_grad_ratio"):
         value = getattr(c, flag)
-        yield value is None or value >= FLOAT32_MIN, flag, "must be positive in float32"
+        yield value is None or value > 0, flag, "must be positive"
     yield c.cody_warmup_updates >= 0, "cody_warmup_updates", "must not be negative"
     yield from ((getattr(c, flag) <= most, flag, f"must be at most {most:,}") for flag, most in AT_MOST.items())
     yield c.divergence_factor > 1, "divergence_factor", "must be above 1"
@@ -321,33 +350,21 @@ def _ranges(c: Config):
 
 def _relations(c: Config):
     """The same for values that depend on each other."""
-    std_max, layers = c.actor_log_std_max, shorten(c.num_layers)
+    std_max, layers, strided = c.actor_log_std_max, c.num_layers, c.num_strided_layers
     yield c.actor_log_std_min < std_max, "actor_log_std_min", f"must be below --actor_log_std_max {std_max}"
-    strided = c.num_strided_layers
-    yield (
-        0 <= strided <= min(c.num_layers, 16),
-        "num_strided_layers",
-        f"must be from 0 to --num_layers {layers}, 16 at most",
-    )
+    yield 0 <= strided <= layers, "num_strided_layers", f"must be from 0 to --num_layers {layers}"
     # at least one output pixel must remain: a 3x3 convolution with stride 1 takes 2 pixels, with stride 2 half of them
-    smallest = 2**strided * 2 * (c.num_layers - strided + 1) - 1
-    right = f"must be at least {shorten(smallest)} pixels for --num_layers {layers}"
-    yield c.image_size >= smallest, "image_size", right
-    right = f"must be at least --image_size {shorten(c.image_size)}"
+    smallest = 2**strided * 2 * (layers - strided + 1) - 1
+    yield c.image_size >= smallest, "image_size", f"must be at least {smallest} pixels for --num_layers {layers}"
+    right = f"must be at least --image_size {c.image_size}"
     yield c.pre_transform_image_size >= c.image_size, "pre_transform_image_size", right
-    right = "is more than float32 holds, with --encoder_lr added"
-    yield c.cody_lr + c.encoder_lr <= FLOAT32_MAX, "cody_lr", right
-    steps, capacity = shorten(c.num_train_steps), shorten(c.replay_buffer_capacity)
+    steps, capacity = c.num_train_steps, c.replay_buffer_capacity
     right = f"must be below --num_train_steps {steps}, or nothing is trained"
-    yield c.init_steps < c.num_train_steps, "init_steps", right
-    right = (
-        f"must not exceed what the replay can hold, --replay_buffer_capacity {capacity} or --num_train_steps {steps} "
-    )
-    right += "if that is less"
-    yield c.batch_size <= min(c.replay_buffer_capacity, c.num_train_steps), "batch_size", right
-    smallest, stack = c.frame_stack + 5, shorten(c.frame_stack)
-    right = f"must be at least {shorten(smallest)}, to hold a pair of transitions with --frame_stack {stack}"
-    yield c.replay_buffer_capacity >= smallest, "replay_buffer_capacity", right
+    yield c.init_steps < steps, "init_steps", right
+    for limit, most in (("replay_buffer_capacity", capacity), ("num_train_steps", steps)):
+        yield c.batch_size <= most, "batch_size", f"must not exceed what the replay can hold, --{limit} {most}"
+    right = f"must be at least {c.frame_stack + 5}, to hold a pair of transitions with --frame_stack {c.frame_stack}"
+    yield capacity >= c.frame_stack + 5, "replay_buffer_capacity", right
 
 
 def _combinations(c: Config):
@@ -374,7 +391,7 @@ def _combinations(c: Config):
     for flags, need, met in needs:
         for flag in flags:
             yield met or getattr(c, flag) == defaults[flag], flag, f"has no effect without {need}"
-    same_size, size = c.pre_transform_image_size == c.image_size, shorten(c.image_size)
+    same_size = c.pre_transform_image_size == c.image_size
     right = "has no effect without --encoder_type pixel or protorl"
     yield pixels or same_size, "pre_transform_image_size", right
     right = "is kept in this process's memory; use --replay_device auto or cpu"
@@ -383,59 +400,9 @@ def _combinations(c: Config):
     yield c.run_dir is None or c.work_dir == defaults["work_dir"], "work_dir", right
     if c.agent == "sac_ae":
         yield c.encoder_type == "pixel", "agent", f"reconstructs pixels, not with --encoder_type {c.encoder_type}"
-        right = f"--agent sac_ae has no augmentation, so it must be --image_size {size}"
+        right = f"--agent sac_ae has no augmentation, so it must be --image_size {c.image_size}"
         yield same_size, "pre_transform_image_size", right
         yield c.image_size >= 7, "image_size", "must be at least 7 for the SSIM of --agent sac_ae"
-
-
-def shorten(value) -> str:
-    """The value as text for a message, truncated to 24 characters."""
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:20]}..."
-
-
-def parse_flags(flags, args=None, default=None):
-    """Command line -> instance of the dataclass `flags`; missing flags come from the instance `default`.
-
-    `--help` prints and exits; bad input raises `Refused`.
-    """
-    args = sys.argv[1:] if args is None else list(args)
-    _check_words(flags, args)
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(flags, args=args, default=default, use_underscores=True)
-    except SystemExit as exit_:
-        if not exit_.code:
-            raise
-        raise Refused(_one_line(errors.getvalue())) from None
-
-
-def _check_words(flags, args) -> None:
-    """Refuse an unknown flag, a number that is none and a wrong choice, before tyro explains them in a box."""
-    types = {f"--{field.name}": field.type for field in dataclasses.fields(flags)}
-    known = [*types, *(f"--no_{flag[2:]}" for flag, type_ in types.items() if type_ is bool)]
-    for i, word in enumerate(args):
-        if word in ("-h", "--help"):
-            return
-        if not re.match(r"--?[a-zA-Z]", word):
-            continue
-        given, equals, value = word.partition("=")
-        flag = given.replace("-", "_").replace("__", "--", 1)
-        if flag not in known:
-            nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
-            right = f"the nearest is {nearest[0]}" if nearest else "--help lists them"
-            raise Refused(f"unrecognized flag {shorten(given)}; {right}")
-        value = value if equals else "".join(args[i + 1 : i + 2])
-        kinds = get_args(types.get(flag)) or (types.get(flag),)
-        if get_origin(types.get(flag)) is Literal and value not in kinds:
-            raise Refused(f"{flag} {shorten(value)}: must be one of {', '.join(kinds)}")
-        for number, right in ((int, "a whole number"), (float, "a number")):
-            if number in kinds and value and not (value == "None" and type(None) in kinds):
-                try:
-                    number(value)
-                except ValueError:
-                    raise Refused(f"{flag} {value}: must be {right}") from None
 
 
 def parse(args=None) -> Config:
@@ -443,14 +410,3 @@ def parse(args=None) -> Config:
     config = complete(parse_flags(Config, args))
     check(config)
     return config
-
-
-def _one_line(box: str) -> str:
-    """tyro's boxed message as one line."""
-    lines = []
-    for line in box.splitlines()[1:]:
-        line = line.strip("│╰╯╭╮─|+- ")  # - and + on ASCII terminals
-        if line.startswith(("Argument helptext", "For full helptext")):
-            break
-        lines.append(line)
-    return " ".join(" ".join(lines).split())

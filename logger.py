@@ -1,8 +1,7 @@
-"""Logging of a run's metrics: console, JSON lines (train.log, eval.log), TensorBoard and Weights & Biases."""
+"""A run's log: metrics from the device, rows of train.log and eval.log, the console, and warnings."""
 
 import collections
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -15,14 +14,13 @@ import numpy as np
 import psutil
 import torch
 from termcolor import colored
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import dashboard
+from dashboard import Dashboard
 from endings import Diverged
 from machine import bf16_time_ratio
 from rendering import renderer
-from storage.run_folder import load_rows, run_id
+from storage.run_folder import keep_rows, sync
 
 # name in the logs -> console column, as in the released code's logger
 TRAIN_COLUMNS = {
@@ -40,15 +38,14 @@ TRAIN_COLUMNS = {
     "updates_per_s": "U/S",
     "wall_seconds": "T",
 }
-MEDIAN_WINDOW = 20  # reads in the running median of the divergence warning, which needs at least half of them
+EVAL_COLUMNS = {"episode": "E", "step": "S", "episode_reward": "R", "duration": "D"}
+MEDIAN_WINDOW = 20  # fetches in the running median of the divergence warning, which needs at least half of them
 COLLAPSED = {"latent_std": 0.05, "latent_rank": 3}  # latents below either value have collapsed
 COLLAPSE_AFTER = 2_000  # updates; new encoders look collapsed, healthy runs stay above 0.6 and 20 from then on
-WANDB_SECONDS = 20  # limit for uploads at a run's end; a cluster may kill a job after 30
-EVAL_COLUMNS = {"episode": "E", "step": "S", "episode_reward": "R", "duration": "D"}
 
 
 class Logger:
-    """Collects metrics on the device and writes them to all logs.
+    """Collects metrics on the device and writes them to the logs, the console and the dashboard.
 
     Args:
         folder: the run's folder, for train.log, eval.log and tb/.
@@ -58,51 +55,30 @@ class Logger:
     def __init__(self, folder, config):
         self._folder = pathlib.Path(folder)
         self._config = config
-        self._writer = self._wandb = None
-        self._purge_step = 0  # environment step from which TensorBoard discards earlier events
+        self._dashboard = Dashboard(folder, config)
+        self.open = self._dashboard.open
         self._unread = []  # (step, metrics still on the device)
-        self._means = []  # per read since the last train row: {metric: (number of values, mean)}
-        self._last = "none"  # the last metrics read, for the message when a run diverges
+        self._means = []  # per fetch since the last train row: {metric: (number of values, mean)}
+        self._last = "none"  # the last metrics fetched, for the message when a run diverges
         self._step = 0
+        self._evaluated, self._best = -1, -math.inf  # step of the last evaluation, highest return so far
         self._row_time = time.monotonic()  # immune to clock changes
         self._start = self._row_time - (time.time() - psutil.Process().create_time())
         self._row_step, self._row_updates = 0, 0  # decisions at the last train row, updates since
         self._physics_errors = 0
-        self._divergence_factor = config.divergence_factor
         self._watched = {name: collections.deque(maxlen=MEDIAN_WINDOW) for name in ("kl", "critic_loss")}
         self._warned = False  # whether in this episode
-        self._collapsed = 0  # consecutive reads with collapsed latents; 2: warned
+        self._collapsed = 0  # consecutive fetches with collapsed latents; 2: warned
         # without a terminal, print only rows, no progress bar
         self._bar = tqdm(total=config.num_train_steps, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
 
-    def open(self):
-        """Start the TensorBoard events if --save_tb; needs the run's args.json.
-
-        The event file records the step at which a run resumes.
-
-        Raises:
-            OSError: Weights & Biases refused the run.
-        """
-        if not self._config.save_tb:
-            return
-        run, number = run_id(self._folder), len(self._event_files())
-        if self._config.wandb:
-            self._wandb = _open_wandb(self._folder, self._config, run)
-        # a running TensorBoard ignores the purge step of a run's first file, so that file has one too
-        # the number keeps names apart: host and process id may repeat, as in a restarted container
-        self._writer = SummaryWriter(self._folder / "tb", purge_step=self._purge_step, filename_suffix=f".{number}")
-        if number == 0:
-            self._writer.add_custom_scalars(dashboard.LAYOUT)
-            row = f"{self._folder} {run}"  # unique, sortable and readable
-            self._writer.file_writer.add_summary(dashboard.hparams(self._config, row))
-
     def record(self, step, metrics):
-        """Keep an update's metrics (tensors) on their device until `read`."""
+        """Keep an update's metrics (tensors) on their device until `fetch`."""
         self._unread.append((step, metrics))
         self._row_updates += 1
 
-    def read(self):
-        """Copy the recorded metrics to the host; their means go to TensorBoard and into the next train row.
+    def fetch(self):
+        """Copy the recorded metrics to the host; their means go to the dashboard and into the next train row.
 
         Raises:
             Diverged: a loss is not finite; the message names the first one, its step and the last metrics.
@@ -113,7 +89,6 @@ class Logger:
         for step, metrics in self._unread:
             for name, value in metrics.items():
                 columns.setdefault(name, []).append((step, value))
-        last_step = self._unread[-1][0]
         self._unread = []
         bad, means = [], {}
         for name, column in columns.items():
@@ -123,19 +98,19 @@ class Logger:
             if name.endswith("loss") and not math.isfinite(means[name]):
                 bad += [(s, name, v) for (s, _), v in zip(column, values.tolist(), strict=True) if not math.isfinite(v)]
         if bad:
-            step, name, value = min(bad, key=lambda entry: entry[0])
             self._last = ", ".join(f"{n} {c[-1][1]:.6g}" for n, c in columns.items() if c[-1][1].dim() == 0)
-            raise Diverged(f"{name} is {value} at step {step}; last metrics: {self._last}")
+            first, name, value = min(bad, key=lambda entry: entry[0])
+            raise Diverged(f"{name} is {value} at step {first}; last metrics: {self._last}")
         self._last = ", ".join(f"{n} {mean:.6g}" for n, mean in means.items() if isinstance(mean, float))
         self._means.append({name: (len(columns[name]), mean) for name, mean in means.items()})
-        self._events(last_step, means)
-        self._watch(last_step, means)
-        self._watch_latents(last_step, means)
+        self._dashboard.scalars(step, means)
+        self._watch_losses(step, means)
+        self._watch_latents(step, means)
 
     def explain(self, error):
         """`Diverged` for a FloatingPointError; its message names the non-finite loss, if there is one."""
         try:
-            self.read()
+            self.fetch()
         except Diverged as loss:
             return loss
         return Diverged(f"{error} at step {self._step}; last metrics: {self._last}")
@@ -156,22 +131,23 @@ class Logger:
                 f"warning: --precision bf16: a convolution takes {ratio:.2f} times as long in it as in fp32 here"
             )
 
-    def _watch(self, step, means):
+    def _watch_losses(self, step, means):
         """Warn, once per episode, when KL or the critic loss exceeds a multiple of its running median."""
+        factor = self._config.divergence_factor
         for name, window in self._watched.items():
             if name not in means:
                 continue
             usual = statistics.median(window) if len(window) >= MEDIAN_WINDOW // 2 else math.inf
-            if means[name] > self._divergence_factor * usual and not self._warned:
+            if means[name] > factor * usual and not self._warned:
                 self._warned = True
                 self.message(
-                    f"warning: {name} {means[name]:.4g} at step {step} is more than {self._divergence_factor:g} times "
-                    f"its running median {usual:.4g}; see docs/troubleshooting.md"
+                    f"warning: {name} {means[name]:.4g} at step {step} is more than {factor:g} times its running "
+                    f"median {usual:.4g}; see docs/troubleshooting.md"
                 )
             window.append(means[name])
 
     def _watch_latents(self, step, means):
-        """Warn, once per run, when two reads in a row show collapsed latents; only LayerNorm fixes their scale."""
+        """Warn, once per run, when two fetches in a row show collapsed latents; only LayerNorm fixes their scale."""
         c = self._config
         updates = (step - c.init_steps) * c.updates_per_step
         if self._collapsed == 2 or updates < COLLAPSE_AFTER or (c.agent, c.encoder_type) != ("cody_sac", "pixel"):
@@ -204,7 +180,7 @@ class Logger:
         self._means = []
         self._warned = False
         self._row("train", step, values, TRAIN_COLUMNS, "yellow")
-        self._events(step, {"train_episode_reward": values["episode_reward"], **rates})
+        self._dashboard.scalars(step, {"train_episode_reward": values["episode_reward"], **rates})
 
     def physics_error(self, step, episode):
         """Warn that the physics diverged and ended an episode; the train rows count these."""
@@ -213,25 +189,18 @@ class Logger:
 
     def eval_row(self, step, **values):
         """Log an evaluation, which took `values["duration"]` seconds."""
-        self.read()  # a non-finite loss stops the run here at the latest
+        self.fetch()  # a non-finite loss stops the run here at the latest
         self._row_time += values["duration"]  # the training episode paused meanwhile
         self._row("eval", step, values, EVAL_COLUMNS, "green")
-        if self._writer:
-            best = max(row["episode_reward"] for row in load_rows(self._folder, "eval.log"))
-            scalars = {name: value for name, value in values.items() if isinstance(value, float)}
-            scalars["episode_reward_best"] = best
-            self._events(step, {f"eval_{name}": value for name, value in scalars.items()})
+        self._evaluated, self._best = step, max(self._best, values["episode_reward"])
+        scalars = {name: value for name, value in values.items() if isinstance(value, float)}
+        scalars["episode_reward_best"] = self._best
+        self._dashboard.scalars(step, {f"eval_{name}": value for name, value in scalars.items()})
 
     def media(self, step, images, named_parameters):
-        """Write images {name: (N, 3, H, W)} and histograms of parameters to TensorBoard."""
-        self.read()  # histograms fail on non-finite parameters; the loss gives a better message
-        if not (self._writer and self._config.tb_media):
-            return
-        env_step = step * self._config.action_repeat
-        for name, value in images.items():
-            self._writer.add_images(f"visual/{name}", value.cpu(), env_step)
-        for name, parameter in named_parameters:
-            self._writer.add_histogram(f"weights/{name}", parameter.detach().cpu(), env_step)
+        """Show images {name: (N, 3, H, W)} and histograms of parameters on the dashboard."""
+        self.fetch()  # histograms fail on non-finite parameters; the loss gives a better message
+        self._dashboard.media(step, images, named_parameters)
 
     def progress(self, step):
         """Move the progress bar to `step`."""
@@ -248,15 +217,25 @@ class Logger:
             tqdm.write(text)
             sys.stdout.flush()  # for tail -f on redirected output
 
+    def flush(self):
+        """Flush all logs and events to disk; returns {event file: length in bytes}.
+
+        Raises:
+            OSError: a write failed.
+        """
+        for path in self._folder.glob("*.log"):
+            sync(path)
+        return self._dashboard.lengths()
+
     def state_dict(self):
-        """Lengths of the log files, metrics not yet written, and state of the warnings; flushes the logs."""
-        lengths = self.flush()
+        """Metrics not yet written, state of the warnings, and lengths of the event files; flushes the logs."""
         now = time.monotonic()
         return {
-            "lengths": lengths,
+            "lengths": self.flush(),
             "seconds": now - self._start,
             "row_seconds": now - self._row_time,
             "step": self._step,
+            "evaluations": [self._evaluated, self._best],
             "row": [self._row_step, self._row_updates, self._physics_errors, self._warned, self._collapsed],
             "unread": self._unread,
             "means": self._means,
@@ -265,75 +244,28 @@ class Logger:
         }
 
     def load_state_dict(self, state):
-        """Resume from `state_dict`; cuts the rows written after it, which the resumed run writes again."""
-        self.cut_logs(state["lengths"])
+        """Resume from `state_dict`; drops what was logged after it, which the resumed run logs again."""
+        self._evaluated, self._best = state["evaluations"]
         self._start -= state["seconds"]
         self._row_time = time.monotonic() - state["row_seconds"]
         self._row_step, self._row_updates, self._physics_errors, self._warned, self._collapsed = state["row"]
         self._unread, self._means, self._last = state["unread"], state["means"], state["last"]
         for name, window in self._watched.items():
             window.extend(state["watched"][name])
-        self._purge_step = state["step"] * self._config.action_repeat + 1
         self.progress(state["step"])
+        self.drop_newer(state["lengths"])
 
-    def cut_logs(self, lengths):
-        """Truncate each log and event file to its length in bytes, 0 if not given."""
-        there = dict.fromkeys(lengths, 0)
-        for path in self._files():
-            key = _key(path)
-            there[key] = min(lengths.get(key, 0), path.stat().st_size)
-            if path.suffix == ".log" or there[key]:
-                os.truncate(path, there[key])
-            else:
-                path.unlink()
-        for key, length in lengths.items():
-            if there[key] < length:
-                self.message(f"warning: {key} has {there[key]} bytes of {length}: rows before this step are gone")
-        self._put_events_in_the_past()
-
-    def _put_events_in_the_past(self):
-        """Rename event files from the future: TensorBoard reads them in order of time, and clocks may be set back."""
-        files = self._event_files()
-        if files and int(files[-1].name.split(".")[3]) >= int(time.time()):
-            for number, path in enumerate(files):
-                path.rename(path.with_name(f"events.out.tfevents.{number:010d}.{_key(path)}"))
-
-    def _files(self):
-        """The append-only files: logs and events."""
-        logs = [path for path in (self._folder / "train.log", self._folder / "eval.log") if path.exists()]
-        return logs + self._event_files()
-
-    def flush(self):
-        """Flush all logs and events to disk; returns {file key: length in bytes}.
-
-        Raises:
-            OSError: a write failed.
-        """
-        if self._writer:
-            self._writer.flush()
-        return {_key(path): _on_disk(path) for path in self._files()}
+    def drop_newer(self, lengths):
+        """Drop the rows after this logger's step and evaluation, and events beyond `lengths`; see `flush`."""
+        keep_rows(self._folder, "train.log", self._step)
+        keep_rows(self._folder, "eval.log", self._evaluated)
+        self._dashboard.cut(lengths, self._step)
 
     def close(self):
         """Close everything; drops data that cannot be written, as after the error that stopped the run."""
-        for what in (self._bar, self._writer):
-            if what:
-                with contextlib.suppress(OSError):
-                    what.close()
-        if self._wandb:
-            self._close_wandb()
-
-    def _close_wandb(self):
-        """Wait for the upload; its process may already be gone, as after a TERM to all processes of a job."""
-        import wandb
-
-        code = int(self._step < self._config.num_train_steps)  # an unfinished run has not succeeded
-        try:
-            try:
-                self._wandb.finish(code)
-            finally:
-                wandb.teardown(code)  # else wandb tries again when this process exits
-        except Exception as error:  # of many types; none should fail the run
-            self.message(f"warning: --wandb: it lacks what is newest in tb/ ({type(error).__name__})")
+        with contextlib.suppress(OSError):
+            self._bar.close()
+        self._dashboard.close(self._step >= self._config.num_train_steps, self.message)
 
     def _row(self, kind, step, values, columns, colour):
         row = {"step": step, "env_step": step * self._config.action_repeat, **values}
@@ -346,46 +278,6 @@ class Logger:
         cells = [f"{label}: {_cell(name, row[name])}" for name, label in columns.items() if name in row]
         self.message(" | ".join([colored(f"| {kind:5}", colour), *cells]))
 
-    def _event_files(self):
-        return sorted((self._folder / "tb").glob("events.out.tfevents.*"))
-
-    def _events(self, step, values):
-        """Write scalars, and lists as histograms, to TensorBoard."""
-        if self._writer:
-            env_step = step * self._config.action_repeat
-            for name, value in values.items():
-                if not isinstance(value, list):
-                    self._writer.add_scalar(dashboard.tag(name), value, env_step)
-                elif self._config.tb_media:
-                    self._writer.add_histogram(f"weights/{name}", np.array(value), env_step)
-
-
-def _open_wandb(folder, config, run):
-    """A Weights & Biases run that uploads all event files created from now on; it writes only to `folder`.
-
-    Its process has a session of its own, so that Ctrl-C in a terminal does not reach it.
-
-    Raises:
-        OSError: Weights & Biases refused the run.
-    """
-    for name in ("CACHE", "DATA"):
-        os.environ.setdefault(f"WANDB_{name}_DIR", str(folder.resolve() / "wandb"))
-    import wandb  # takes seconds, and is not in requirements.txt
-
-    try:
-        return wandb.init(
-            project=config.wandb,
-            name=str(folder),
-            id=run,
-            resume="allow",
-            config=dataclasses.asdict(config),
-            dir=folder,
-            sync_tensorboard=True,
-            settings=wandb.Settings(console="off", quiet=True, finish_timeout=WANDB_SECONDS),
-        )
-    except wandb.Error as error:
-        raise OSError(f"--wandb {config.wandb}: {str(error).splitlines()[0]}") from None
-
 
 def prepare_console():
     """Make stdout and stderr writable even if they are closed or cannot encode a path's characters."""
@@ -394,18 +286,6 @@ def prepare_console():
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             setattr(sys, name, os.fdopen(descriptor, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")
-
-
-def _key(path):
-    """Key of a file: a log's name, or the part of an event file's name after the time."""
-    return path.name if path.suffix == ".log" else path.name.split(".", 4)[4]
-
-
-def _on_disk(path):
-    """Sync a file to disk and return its length in bytes."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size
 
 
 def _finite_or_null(value):

@@ -91,12 +91,12 @@ class Run:
 
             # gradient updates meanwhile; they never see this step's transition
             if step >= config.init_steps:
-                reading = step % config.log_interval == 0
+                should_log = step % config.log_interval == 0
                 for index in range(step * config.updates_per_step, (step + 1) * config.updates_per_step):
                     batch = agent.augment(replay.sample(config.batch_size))
-                    logger.record(step, agent.update(batch, index, detailed=reading))
-                if reading:
-                    logger.read()
+                    logger.record(step, agent.update(batch, index, detailed=should_log))
+                if should_log:
+                    logger.fetch()
                 if step % config.eval_freq == 0:
                     logger.media(step, agent.images(batch), agent.named_parameters())
 
@@ -128,19 +128,12 @@ class Run:
         if self.progress.evaluated == step:
             return
         start = time.monotonic()
+        episodes, seed, video = config.num_eval_episodes, eval_seed(config), config.save_video
         returns, frames = evaluate(
-            self.eval_envs,
-            self.agent,
-            config.num_eval_episodes,
-            eval_seed(config),
-            config.save_video,
-            self.logger.message,
-            check=check_signals,
+            self.eval_envs, self.agent, episodes, seed, video, self.logger.message, check=check_signals
         )
-        duration = time.monotonic() - start
-        self.logger.eval_row(
-            step, episode=self.progress.episode, **summary(returns), returns=returns, duration=duration
-        )
+        values = {"episode": self.progress.episode, **summary(returns), "returns": returns}
+        self.logger.eval_row(step, **values, duration=time.monotonic() - start)
         if frames:
             fps = self.eval_envs[0].metadata["render_fps"]
             save_video(self.folder.path / "video" / f"{step}.mp4", frames, fps)
@@ -217,14 +210,14 @@ def prepare():
     checkpoints = Checkpoints(folder.path, parts, config.checkpoint_minutes, made_with, logger.message)
     replay.open_journal(folder.path / CHECKPOINT)
     if not checkpoints.load():
-        logger.cut_logs({})  # rows from before the first checkpoint
+        logger.drop_newer({})  # rows from before the first checkpoint
         replay.begin_episode(env.reset())
     if resumes:
         folder.begin(progress.step, made_with)
     try:
         logger.open()
     except OSError as error:
-        folder.take_back(error)
+        folder.undo(error)
         raise
     logger.announce(folder, device, replay, progress.step if resumes else None)
     return Run(config, folder, env, eval_envs, replay, agent, logger, progress, checkpoints)

@@ -12,7 +12,7 @@ A checkpoint is complete once its .json, written last, exists; the last two are 
 import contextlib
 import hashlib
 import json
-import os
+import mmap
 import pathlib
 import pickle
 import re
@@ -27,11 +27,7 @@ CHECKPOINT_INTERVAL_RATIO = 50  # after an evaluation: least time since the last
 
 
 def save_model(agent, folder, step):
-    """Write all networks of `agent` to <folder>/<step>.pt atomically.
-
-    Raises:
-        OSError: writing fails, as on a full disk.
-    """
+    """Write all networks of `agent` to <folder>/<step>.pt atomically; raises `OSError` if the disk is full."""
     folder = pathlib.Path(folder)
     folder.mkdir(exist_ok=True)
     _save(agent.state_dict(), folder / f"{step}.pt")
@@ -44,8 +40,7 @@ def _save(state, path):
 def load_model(agent, folder, step=None):
     """Load the model saved at `step` (None: the latest) into `agent`; returns its step.
 
-    Raises:
-        Refused: there is no such file, or it does not fit this agent.
+    Raises `Refused` if there is no such file or if it does not fit this agent.
     """
     saved = sorted(int(path.stem) for path in pathlib.Path(folder).glob("*.pt") if path.stem.isdigit())
     if not saved:
@@ -94,11 +89,7 @@ class Checkpoints:
             self.save()
 
     def save(self):
-        """Write a checkpoint, then remove all but the last two.
-
-        Raises:
-            OSError: writing fails; the previous checkpoint is still there.
-        """
+        """Write a checkpoint, then remove all but the last two; if writing fails (`OSError`), these remain."""
         start = time.monotonic()
         number = self._number + 1
         name = f"{number:06d}.pt"
@@ -117,7 +108,7 @@ class Checkpoints:
         self._remove(but=())
 
     def _remove(self, but):
-        """Remove checkpoint files except those named; leave foreign files, and files that cannot be deleted."""
+        """Remove checkpoint files except those named `but`; leave foreign files, and files that cannot be deleted."""
         # delete each manifest before the files that it names
         for path in sorted(self._folder.iterdir(), key=lambda path: (path.suffix != ".json", path.name)):
             if path.name not in but and re.fullmatch(r"\d+\.(json|pt|replay)(\.tmp)?", path.name):
@@ -127,15 +118,14 @@ class Checkpoints:
     def load(self):
         """Restore the last intact checkpoint; returns False if the run has no checkpoint.
 
-        Raises:
-            Refused: every checkpoint is damaged, or another version of the code wrote it.
+        Raises `Refused` if every checkpoint is damaged or another version of the code wrote it.
         """
         damaged = []
         for number in sorted(self._numbers(), reverse=True):
             try:
                 files, made_with, state = self._read(number)
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-                damaged.append(str(error))
+            except ValueError as error:
+                damaged.append(error)
                 continue
             if damaged:
                 self._message(f"warning: {damaged[0]}: resuming from the checkpoint before it")
@@ -148,9 +138,7 @@ class Checkpoints:
                 reason = (str(error).splitlines() or [""])[0][:80]
                 raise Refused(f"{self._folder}: made by another version of this code ({reason})") from None
             before, now = _flat(made_with), _flat(self._made_with)
-            changes = [
-                f"{name} {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]
-            ]
+            changes = [f"{k} {before.get(k)} then, {now[k]} now" for k in now if before.get(k) != now[k]]
             if changes:
                 self._message(f"warning: no longer bit for bit an uninterrupted run: {', '.join(changes)}")
             self._kept = {number: {*files, f"{number:06d}.json"}}
@@ -160,44 +148,32 @@ class Checkpoints:
         return False
 
     def _read(self, number):
-        """({file name: [bytes, sum]}, made_with, {part: state}) of a checkpoint, its checksums verified."""
+        """({file name: [bytes, sum]}, made_with, {part: state}) of a checkpoint; `ValueError` if it is damaged."""
         path = self._folder / f"{number:06d}.json"
         try:
             manifest = json.loads(path.read_text())
             if manifest.pop("sum") != _sum_of_json(manifest):
                 raise ValueError("its sum is wrong")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: damaged ({error})") from None
-        for name, (size, expected) in manifest["files"].items():
-            path = self._folder / name
-            try:
-                right = _sum(path, size) == expected
-            except OSError as error:
-                raise ValueError(f"{path}: damaged ({error.strerror})") from None
-            if not right:
-                raise ValueError(f"{path}: damaged (its sum is wrong)")
-        state = torch.load(self._folder / f"{number:06d}.pt", map_location="cpu", weights_only=True)
+            for name, (size, expected) in manifest["files"].items():
+                path = self._folder / name
+                if _sum(path, size) != expected:
+                    raise ValueError("its sum is wrong")
+            path = self._folder / f"{number:06d}.pt"
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, ValueError, KeyError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: damaged ({getattr(error, 'strerror', None) or error})") from None
         return manifest["files"], manifest["made_with"], state
 
 
 def _flat(made_with):
-    """The dict with its nested dicts flattened, one level."""
-    return {
-        k: v
-        for name, value in made_with.items()
-        for k, v in (value if isinstance(value, dict) else {name: value}).items()
-    }
+    """`provenance` with each package's version at the top level."""
+    return {name: value for name, value in made_with.items() if name != "versions"} | made_with.get("versions", {})
 
 
 def _sum(path, size=None):
     """SHA-256 of a file's first `size` bytes (None: of the whole file)."""
-    sums = hashlib.sha256()
-    with open(path, "rb") as file:
-        left = os.fstat(file.fileno()).st_size if size is None else size
-        while left and (block := file.read(min(left, 1 << 20))):
-            sums.update(block)
-            left -= len(block)
-    return sums.hexdigest()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return hashlib.sha256(memoryview(data)[:size]).hexdigest()
 
 
 def _sum_of_json(body):

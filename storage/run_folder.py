@@ -15,6 +15,7 @@ import errno
 import fcntl
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -40,12 +41,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def write_whole(path, write):
     """Write a file atomically: readers see the old or the new version, even after a power cut.
 
-    Args:
-        path: the file's path.
-        write: function that takes an open binary file and writes to it.
-
-    Raises:
-        OSError: writing fails; the old version is still there.
+    `write` gets an open binary file. Raises `OSError` if writing fails; the old version is still there.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -71,37 +67,29 @@ def write_json(path, value):
     write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
 
 
-def load_args(run):
-    """args.json of the run in folder `run`, a dict.
+def sync(path):
+    """Flush a file to disk; returns its length in bytes."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
 
-    Raises:
-        Refused: the folder holds no run.
-    """
+
+def load_args(run):
+    """args.json of the run in folder `run`, a dict; raises `Refused` if the folder holds no run."""
     try:
-        args = json.loads((pathlib.Path(run) / "args.json").read_text())
-        if args["encoder_type"] != "identity":
-            args.setdefault("camera_id", 0)  # every task's camera before it became a flag
-        return args
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        return {**json.loads((pathlib.Path(run) / "args.json").read_text())}
+    except (OSError, TypeError, ValueError) as error:
         raise _no_run(run, error) from None
 
 
 def run_id(run):
-    """A unique 16-character name of the run in folder `run`; resuming the run or moving its folder keeps it.
-
-    Raises:
-        Refused: the folder holds no run.
-    """
+    """A unique 16-character name of the run in folder `run`; resuming the run or moving its folder keeps it."""
     args = load_args(run)
     return hashlib.sha256(json.dumps([args["time"], args["command"], args["seed"]]).encode()).hexdigest()[:16]
 
 
 def load_config(run):
-    """The config of the run in folder `run`: its args.json read as flags, with defaults for flags newer than the run.
-
-    Raises:
-        Refused: the folder holds no run.
-    """
+    """The config of the run in folder `run`, with defaults for flags newer than the run; `Refused` without a run."""
     args = load_args(run)
     names = {field.name for field in dataclasses.fields(Config)}
     try:
@@ -112,13 +100,13 @@ def load_config(run):
         raise _no_run(run, error) from None
 
 
+def _as_flag(name, value):
+    return f"--{name}={value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no_{name}"
+
+
 def _no_run(run, error):
     reason = getattr(error, "strerror", None) or str(error)
     return Refused(f"{run}: not the folder of a run (args.json: {reason[:100]})")
-
-
-def _as_flag(name, value):
-    return f"--{name}={value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no_{name}"
 
 
 def load_status(run):
@@ -131,23 +119,30 @@ def load_status(run):
 
 
 def load_rows(run, name):
-    """Rows of train.log or eval.log in folder `run`, a list of dicts without a half-written last row."""
+    """Rows of train.log or eval.log in folder `run`, a list of dicts; leaves out damaged lines, as after a crash."""
     try:
-        lines = (pathlib.Path(run) / name).read_text().splitlines()
+        lines = (pathlib.Path(run) / name).read_bytes().splitlines()
     except FileNotFoundError:
         return []
     rows = []
     for line in lines:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def keep_rows(run, name, last_step):
+    """Remove all rows after `last_step` from train.log or eval.log in folder `run`."""
+    path = pathlib.Path(run) / name
+    if path.exists():
+        rows = [json.dumps(row) + "\n" for row in load_rows(run, name) if row["step"] <= last_step]
+        write_whole(path, lambda file: file.write("".join(rows).encode()))
 
 
 def load_sweep(folder):
     """sweep.json of a folder: `runs`, a list of {folder, flags}, and `jobs`; both empty if there is no such file.
 
-    Raises:
-        Refused: the file cannot be read.
+    Raises `Refused` if the file cannot be read.
     """
     path = pathlib.Path(folder) / "sweep.json"
     try:
@@ -162,11 +157,7 @@ def load_sweep(folder):
 
 
 def find_runs(folder):
-    """Run folders in `folder` at any depth: first those listed in a sweep.json, started or not, then the others.
-
-    Raises:
-        Refused: a sweep.json cannot be read.
-    """
+    """Run folders in `folder` at any depth: first those listed in a sweep.json, started or not, then the others."""
     found = {}
     for sweep in sorted(pathlib.Path(folder).rglob("sweep.json")):
         found |= {sweep.parent / run["folder"]: None for run in load_sweep(sweep.parent)["runs"]}
@@ -223,11 +214,7 @@ def parse_run(args=None):
     """Command line of train.py -> (config, whether it resumes the run in --run_dir).
 
     A resumed run keeps its flags. A given flag that differs is refused, unless it does not affect results
-    (`config.UNCHANGING`) or is a larger --num_train_steps.
-
-    Raises:
-        Refused: see `config.check`; --run_dir holds something other than a run, or a run with other flags.
-        RunEnded: the run there is finished or has diverged.
+    (`config.UNCHANGING`) or is a larger --num_train_steps. Raises `Refused`, or `RunEnded` if the run there is over.
     """
     config = parse_flags(Config, args)
     if config.run_dir is None or not _holds_something(config.run_dir):
@@ -246,17 +233,12 @@ def parse_run(args=None):
             right = "it may only grow" if field.name == "num_train_steps" else "a flag of a run cannot change"
             raise Refused(f"--{field.name} {shorten(new)}: the run has {shorten(old)} and {right}: {config.run_dir}")
     check(config)
-    check_goes_on(config)
+    check_resumable(config)
     return config, True
 
 
-def check_goes_on(config):
-    """Check that the run in --run_dir has steps left, and a checkpoint to resume from or no decision yet.
-
-    Raises:
-        RunEnded: the run is finished or has diverged.
-        Refused: its checkpoint is gone; every run writes one before its first decision.
-    """
+def check_resumable(config):
+    """Raise `RunEnded` if the run in --run_dir is finished or has diverged, `Refused` if its checkpoint is gone."""
     folder, status = pathlib.Path(config.run_dir), load_status(config.run_dir)
     finished = status.get("state") == "finished"
     if status.get("state") == "diverged":
@@ -270,20 +252,15 @@ def check_goes_on(config):
             f"--num_train_steps {config.num_train_steps}: the run in {folder} is finished and kept no checkpoint; "
             "--keep_checkpoint keeps it"
         )
-    log = folder / "train.log"
-    if log.exists() and log.stat().st_size:
+    if load_rows(folder, "train.log"):
         raise Refused(f"--run_dir {folder}: it has no checkpoint left; the run must be started anew elsewhere")
 
 
 def _holds_something(run_dir):
     """Whether a folder holds more than the files of a run that was killed before it wrote args.json."""
     try:
-        return not {path.name for path in pathlib.Path(run_dir).iterdir()} <= {
-            "lock",
-            "args.json.tmp",
-            OUTPUT,
-            EXIT_CODE,
-        }
+        names = {path.name for path in pathlib.Path(run_dir).iterdir()}
+        return not names <= {"lock", "args.json.tmp", OUTPUT, EXIT_CODE}
     except FileNotFoundError:
         return False
     except OSError as error:
@@ -306,13 +283,8 @@ def check_writable(flag, folder):
 class RunFolder:
     """The folder for its single writer, who holds the lock until `release` or process exit.
 
-    Args:
-        config: the run's config; --run_dir names the folder, otherwise RunFolder creates one below --work_dir.
-        resumes: whether the folder already holds a run.
-
-    Raises:
-        Refused: the folder cannot be created, or another process is writing it.
-        RunEnded: see `check_goes_on`.
+    --run_dir names the folder, otherwise RunFolder creates one below --work_dir; `resumes`: whether it already holds a
+    run. Raises `Refused` if the folder cannot be created or another process is writing it.
     """
 
     def __init__(self, config, resumes):
@@ -329,10 +301,8 @@ class RunFolder:
         if resumes != (self.path / "args.json").exists():
             self.release()
             raise Refused(f"--run_dir {value}: another process has just started a run there")
-        if resumes:  # another process may have changed the run since parse_run
-            check_goes_on(config)
-            if load_args(self.path)["num_train_steps"] > config.num_train_steps:
-                raise Refused(f"--run_dir {value}: another process has just made this run longer")
+        if resumes:  # another process may have finished the run since parse_run
+            check_resumable(config)
 
     def __str__(self):
         return str(self.path)
@@ -343,30 +313,26 @@ class RunFolder:
         parent = pathlib.Path(config.work_dir) / f"{config.domain_name}-{config.task_name}"
         parent.mkdir(parents=True, exist_ok=True)
         name = f"{config.agent}-{time.strftime('%Y%m%d-%H%M%S')}-s{config.seed}"
-        number = 1
-        while True:
+        for number in itertools.count(1):
             folder = parent / (name if number == 1 else f"{name}-{number}")
-            try:
+            with contextlib.suppress(FileExistsError):  # another run with this seed started in the same second
                 folder.mkdir()
                 return folder
-            except FileExistsError:  # another run with this seed started in the same second
-                number += 1
 
     def _locked(self):
         """The open lock file; the system releases the lock when this process exits, even after SIGKILL."""
         lock = open(self.path / "lock", "a")
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (PermissionError, BlockingIOError):  # EACCES and EAGAIN: it is held
+            lock.close()
+            status = load_status(self.path)
+            who = f" (pid {status['pid']} on {status['host']})" if status else ""
+            raise Refused(f"--run_dir {self.path}: another process{who} is writing this run") from None
         except OSError as error:
-            if error.errno in NO_LOCKS:
-                print(f"warning: {self.path}: no file locks here, so start no second process on this run", flush=True)
-            elif error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno not in NO_LOCKS:
                 raise
-            else:
-                lock.close()
-                status = load_status(self.path)
-                who = f" (pid {status['pid']} on {status['host']})" if "pid" in status else ""
-                raise Refused(f"--run_dir {self.path}: another process{who} is writing this run") from None
+            print(f"warning: {self.path}: no file locks here, so start no second process on this run", flush=True)
         return lock
 
     def begin(self, step, made_with):
@@ -382,11 +348,11 @@ class RunFolder:
         try:
             write_json(self.path / "args.json", args)
         except OSError as error:
-            self.take_back(error)
+            self.undo(error)
             raise
         self.report(state="running")
 
-    def take_back(self, error):
+    def undo(self, error):
         """Undo a failed start: delete the folder, unless --run_dir named it."""
         if self._config.run_dir is None:
             self.release()
@@ -402,11 +368,7 @@ class RunFolder:
                 self.report(step=step)
 
     def report(self, **status):
-        """Update `state`, `step`, `reason` or another key in run.json.
-
-        Raises:
-            OSError: writing fails.
-        """
+        """Update `state`, `step`, `reason` or another key in run.json."""
         self._status.update(status)
         self._time = time.monotonic()
         here = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}

@@ -69,9 +69,6 @@ def test_tasks_outside_the_table_and_other_repeats():
         ("--bach_size 3", "unrecognized flag --bach_size; the nearest is --batch_size"),
         ("--device tpu", "--device tpu: must be one of auto, cpu, cuda"),
         ("--omega_cody_los 1", "unrecognized flag --omega_cody_los; the nearest is --omega_cody_loss"),
-        ("--critic_lr 1e39", "--critic_lr 1e+39: is more than float32 holds"),
-        ("--critic_lr 1e-60", "--critic_lr 1e-60: is 0 in float32"),
-        ("--actor_log_std_min -1e39", "--actor_log_std_min -1e+39: is more than float32 holds"),
         ("--critic_lr -0.001", "--critic_lr -0.001: must be positive"),
         ("--cody_lr nan", "--cody_lr nan: must be finite"),
         ("--omega_cody_loss -1", "--omega_cody_loss -1.0: must not be negative"),
@@ -133,15 +130,12 @@ def test_bad_values(flags, line):
         f"--{'x' * 300} 1",
         "--batch_size",
         f"--device {'z' * 300}",
-        "--critic_lr 1e39",
         "x" * 400,
         "-x",
         f"--domain_name {'z' * 400}",
         "--domain_name zzz --task_name q",
         "--no_seed",
         "--batch-size x",
-        "--encoder_lr 3e38 --cody_lr 3e38",
-        "--cody_max_grad_norm 1e-50",
         "--agent sac --encoder_type identity --camera_id 1",
     ],
 )
@@ -172,8 +166,8 @@ def test_help_explains_every_flag():
     for field in dataclasses.fields(Config):
         # the flag, perhaps its --no_ form and its values, then words before the default
         assert re.search(rf"--{field.name}\b[^()]* [a-zA-Z][^()]* [a-z]", words), field.name
-    documented = len(re.findall(r'\n    """[A-Z0-9-]', pathlib.Path("config.py").read_text().split("class Config:")[1]))
-    assert documented >= len(dataclasses.fields(Config))
+    documented = re.findall(r'\n    \w+: .* = .*\n    """[a-zA-Z0-9-]', pathlib.Path("config.py").read_text())
+    assert len(documented) >= len(dataclasses.fields(Config))
 
 
 def test_config_imports_without_torch():

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 from test_resume import STATES, curves, rows
@@ -281,8 +280,7 @@ def test_an_odd_status(begun, tmp_path, call, text):
     assert result.returncode == 0 and "resumes at step 16" in result.stdout
 
 
-def test_a_folder_that_was_moved_and_a_clock_that_was_set_back(tmp_path, monkeypatch, call):
-    """TensorBoard's files are named by the time."""
+def test_a_folder_that_was_moved(tmp_path, monkeypatch, call):
     flags = f"{SHORT} --save_tb"
     assert call("train.py", f"{flags} --run_dir {tmp_path}/whole").returncode == 0
     room = iter(range(12))
@@ -291,7 +289,6 @@ def test_a_folder_that_was_moved_and_a_clock_that_was_set_back(tmp_path, monkeyp
         with pytest.raises(StopIteration):
             call("train.py", f"{flags} --run_dir {tmp_path}/a")
     shutil.move(tmp_path / "a", tmp_path / "elsewhere" / "b")
-    monkeypatch.setattr(time, "time", lambda real=time.time: real() - 1e6)
     result = call("train.py", f"--run_dir {tmp_path}/elsewhere/b")
     assert result.returncode == 0 and "resumes at step 11" in result.stdout
     moved = tmp_path / "elsewhere" / "b"

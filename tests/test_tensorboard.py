@@ -19,7 +19,6 @@ from tensorboard.summary.writer import event_file_writer
 from test_train import STATE
 
 import dashboard
-import logger as logger_module
 from config import Config, parse
 from endings import Refused
 from logger import Logger
@@ -41,7 +40,7 @@ def write(logger, returns, first=0):
     for step, value in enumerate(returns, first):
         logger.eval_row(1250 * step, episode=step, episode_reward=value, episode_reward_std=1.0, duration=0.0)
         logger.record(1250 * step, {name: torch.tensor(value) for name, value in LOSSES.items()})
-        logger.read()
+        logger.fetch()
         logger.train_row(1250 * step + 125, episode=step, episode_reward=value / 2)
         logger.progress(1250 * step + 125)
 
@@ -85,7 +84,7 @@ def test_media_can_be_left_out(tmp_path):
         logger.open()
         logger.media(0, {"augmented/obs": torch.rand(4, 3, 8, 8)}, [("W", torch.rand(4, 4))])
         logger.record(0, {"kl": torch.tensor(1.0), "kl_per_dim": torch.ones(3)})
-        logger.read()
+        logger.fetch()
         logger.close()
     tags = {name: events(tmp_path / name / "tb").Tags() for name in ("with", "without")}
     assert tags["with"]["images"] == ["visual/augmented/obs"]
@@ -208,7 +207,7 @@ def test_wandb_that_refuses(tmp_path, monkeypatch, call, named):
         raise OSError("--wandb p: no API key")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: types.SimpleNamespace(origin="wandb/__init__.py"))
-    monkeypatch.setattr(logger_module, "_open_wandb", refuse)
+    monkeypatch.setattr(dashboard, "_open_wandb", refuse)
     place = f"--run_dir {tmp_path}/a" if named else f"--work_dir {tmp_path}"
     result = call("train.py", f"{STATE} --save_tb --wandb p {place}")
     assert (result.returncode, result.stderr) == (1, "train.py: --wandb p: no API key\n")

@@ -1,0 +1,89 @@
+"""Command lines: tyro's parser for a dataclass of flags, with refusals of one line. Importable without torch."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import sys
+from typing import Literal, get_args, get_origin
+
+import tyro
+
+from endings import Refused
+
+
+def shorten(value) -> str:
+    """The value as text for a message, truncated to 24 characters."""
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:20]}..."
+
+
+def parse_flags(flags, args=None, default=None):
+    """Command line -> instance of the dataclass `flags`; missing flags come from the instance `default`.
+
+    `flags.groups`, if there is such an attribute, gives --help its groups: {title: base class with the flags}. --help
+    prints and exits; bad input raises `Refused`.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    _check_words(flags, args)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            if not hasattr(flags, "groups"):
+                return tyro.cli(flags, args=args, default=default, use_underscores=True)
+            parts = tyro.cli(_in_groups(default or flags()), args=args, use_underscores=True)
+            return flags(**{name: value for part in vars(parts).values() for name, value in vars(part).items()})
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        raise Refused(_one_line(errors.getvalue())) from None
+
+
+def _in_groups(default):
+    """A class for tyro with one field per group of flags, which has the values of `default`."""
+    fields = []
+    for title, group in default.groups.items():
+        values = {field.name: getattr(default, field.name) for field in dataclasses.fields(group)}
+        fields.append((title, group, group(**values)))
+    nested = dataclasses.make_dataclass("Flags", fields, frozen=True)
+    nested.__doc__ = default.__doc__
+    return tyro.conf.OmitArgPrefixes[nested]
+
+
+def _check_words(flags, args) -> None:
+    """Refuse an unknown flag, a number that is none and a wrong choice, before tyro explains them in a box."""
+    types = {f"--{field.name}": field.type for field in dataclasses.fields(flags)}
+    known = [*types, *(f"--no_{flag[2:]}" for flag, type_ in types.items() if type_ is bool)]
+    for i, word in enumerate(args):
+        if word in ("-h", "--help"):
+            return
+        if not re.match(r"--?[a-zA-Z]", word):
+            continue
+        given, equals, value = word.partition("=")
+        flag = given.replace("-", "_").replace("__", "--", 1)
+        if flag not in known:
+            nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+            right = f"the nearest is {nearest[0]}" if nearest else "--help lists them"
+            raise Refused(f"unrecognized flag {shorten(given)}; {right}")
+        value = value if equals else "".join(args[i + 1 : i + 2])
+        kinds = get_args(types.get(flag)) or (types.get(flag),)
+        if get_origin(types.get(flag)) is Literal and value not in kinds:
+            raise Refused(f"{flag} {shorten(value)}: must be one of {', '.join(kinds)}")
+        for number, right in ((int, "a whole number"), (float, "a number")):
+            if number in kinds and value and not (value == "None" and type(None) in kinds):
+                try:
+                    number(value)
+                except ValueError:
+                    raise Refused(f"{flag} {value}: must be {right}") from None
+
+
+def _one_line(box: str) -> str:
+    """tyro's boxed message as one line."""
+    lines = []
+    for line in box.splitlines()[1:]:
+        line = line.strip("│╰╯╭╮─|+- ")  # - and + on ASCII terminals
+        if line.startswith(("Argument helptext", "For full helptext")):
+            break
+        lines.append(line)
+    return " ".join(" ".join(lines).split())
