@@ -133,9 +133,10 @@ def draw_curves(frame, names, statistic):
         Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=3, label=legend_label(frame, curve))
         for curve, (colour, line, marker) in styles.items()
     ]
-    of = {"mean": "mean", "iqm": "interquartile mean"}[statistic]
-    thick = {"color": "0.3", "linewidth": 1.2}
-    handles.append(Line2D([], [], label=f"{of} of the seeds, 95 % bootstrap interval", **thick))
+    of_seeds = {"mean": "mean of the seeds", "iqm": "interquartile mean of the seeds"}[statistic]
+    if any(band.get_paths() for axis in axes.flat for band in axis.collections):
+        of_seeds += ", 95 % bootstrap interval"
+    handles.append(Line2D([], [], color="0.3", linewidth=1.2, label=of_seeds))
     if set(tasks) & set(at_random.index):
         handles.append(Line2D([], [], label="uniformly random policy", **random_style))
     draw_legend(figure, handles, None if names in (["variant"], ["agent"]) else ", ".join(names))
