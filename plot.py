@@ -20,15 +20,7 @@ import tyro
 from config import parse_flags
 from endings import EXPECTED, Refused, end
 from experiments.figures import as_pictures, draw_curves, draw_diagnostics
-from experiments.scores import (
-    EVALUATION,
-    MADE_BY,
-    begun,
-    read_scores,
-    varied,
-    warnings_about,
-    with_curves,
-)
+from experiments.scores import EVALUATION, MADE_BY, evaluations, read_scores, varied, warnings_about, with_curves
 from experiments.tables import TABLE, last_common_step, markdown, table_cells
 from storage.run_folder import check_writable, write_whole
 
@@ -52,11 +44,6 @@ class Args:
     """Path of the output files without extension. None: curves, table or diagnostics in the first folder."""
 
 
-def as_csv(frame):
-    """A frame as CSV bytes; floats survive the round trip exactly."""
-    return frame.to_csv(index=False, lineterminator="\n").encode()
-
-
 def check_replaceable(path, inputs):
     """Raise `Refused` if `path` exists and is an input or was not written by this command."""
     if not path.exists():
@@ -76,7 +63,7 @@ def parse_command(argv):
         for word in argv[argv.index("--table") + 1 :]:
             if word.startswith("--"):
                 break
-            if not word.lstrip("-").isdigit():
+            if not word.isdigit():
                 raise Refused(f"--table {word}: must be environment steps; folders come before --table")
     args = parse_flags(Args, argv)
     if not args.paths:
@@ -87,8 +74,6 @@ def parse_command(argv):
         raise Refused(f"--statistic {args.statistic}: has no effect with --table or --diagnostics")
     if args.out is not None and not os.path.basename(args.out):
         raise Refused(f"--out {args.out}: must end in a name, to which .png and so on are added")
-    if negative := [step for step in args.table or () if step < 0]:
-        raise Refused(f"--table {negative[0]}: must be environment steps")
     return args
 
 
@@ -104,21 +89,19 @@ def run():
     check_writable("out", os.path.dirname(stem) or ".")
     for path in paths.values():
         check_replaceable(path, args.paths)
-    if begun(frame).empty:
+    if evaluations(frame).empty:
         raise Refused(f"{first}: no run has been evaluated yet")
     lines = list(warnings_about(frame, names))
     if kind == "curves":
-        files = {
-            **as_pictures(draw_curves(frame, names, args.statistic)),
-            ".csv": as_csv(frame[varied(frame) + EVALUATION]),
-        }
+        files = as_pictures(draw_curves(frame, names, args.statistic))
+        files[".csv"] = frame[varied(frame) + EVALUATION].to_csv(index=False).encode()
     elif kind == "diagnostics":
         figure, absent = draw_diagnostics(frame)
         files = as_pictures(figure)
         lines += [f"no run has logged: {', '.join(absent)}"] * bool(absent)
     else:
         cells = table_cells(frame, list(dict.fromkeys(args.table or [last_common_step(frame)])))
-        files = {".md": markdown(frame, cells).encode(), ".csv": as_csv(cells)}
+        files = {".md": markdown(cells).encode(), ".csv": cells[TABLE].to_csv(index=False).encode()}
     try:
         for ending, path in paths.items():
             path.parent.mkdir(parents=True, exist_ok=True)

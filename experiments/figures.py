@@ -3,6 +3,8 @@
 import io
 import math
 import textwrap
+from collections import Counter
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,17 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from endings import Refused
-from experiments.scores import (
-    MADE_BY,
-    STATISTICS,
-    aligned,
-    begun,
-    by_seed,
-    interval,
-    published_scores,
-    seeds_text,
-    unfinished_seeds,
-)
+from experiments.scores import MADE_BY, STATISTICS, by_seed, interval, random_returns, seeds_text, unfinished_seeds
 from storage.run_folder import load_rows
 
 DIAGNOSTICS = {
@@ -39,12 +31,12 @@ FONT = 7  # points
 THEME = {
     **dict.fromkeys(["axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize"], FONT),
     **dict.fromkeys(["legend.fontsize", "legend.title_fontsize"], FONT - 0.5),
-    **dict.fromkeys(["axes.linewidth", "grid.linewidth", "xtick.major.width", "ytick.major.width"], 0.5),
-    **dict.fromkeys(["xtick.minor.width", "ytick.minor.width"], 0.5),
+    **dict.fromkeys(["axes.linewidth", "grid.linewidth"], 0.5),
+    **dict.fromkeys(["xtick.major.width", "ytick.major.width", "ytick.minor.width"], 0.5),
     **dict.fromkeys(["xtick.major.size", "ytick.major.size"], 3),
-    **dict.fromkeys(["xtick.minor.size", "ytick.minor.size"], 2),
     **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
     "axes.grid": True,
+    "ytick.minor.size": 2,
     "legend.handlelength": 3,
     "pdf.fonttype": 42,  # TrueType, which journals require
     "savefig.dpi": 300,
@@ -52,12 +44,10 @@ THEME = {
 
 
 def curve_styles(curves):
-    """{curve: (colour, line style, marker)}, distinguishable for colour-blind readers and in grayscale."""
-    colours = sns.color_palette("colorblind", 10)
-    return {
-        curve: (colours[i % len(colours)], STYLES[i % len(STYLES)], MARKERS[i % len(MARKERS)])
-        for i, curve in enumerate(curves)
-    }
+    """{curve: properties of its line}, distinguishable for colour-blind readers and in grayscale."""
+    looks = zip(cycle(sns.color_palette("colorblind")), cycle(STYLES), cycle(MARKERS), strict=False)
+    names = ("color", "linestyle", "marker")
+    return {curve: dict(zip(names, look, strict=True)) for curve, look in zip(curves, looks, strict=False)}
 
 
 def panels(rows, columns, height, **kwargs):
@@ -80,62 +70,64 @@ def draw_legend(figure, handles, title=None):
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
 
 
-def legend_label(frame, curve, also=""):
-    """The curve with its number of seeds, its unfinished seeds (only counts if more than two tasks have some), and the
-    note `also`."""
+def legend_label(frame, curve, note=""):
+    """The curve, its number of seeds, its unfinished seeds (counts if more than two tasks have some) and a note."""
     tasks = frame["task"].unique()
     parts = {task: frame[(frame["curve"] == curve) & (frame["task"] == task)] for task in tasks}
-    counts = [begun(part)["seed"].nunique() for part in parts.values()]
+    counts = [len(by_seed(part).columns) for part in parts.values()]
     n = f"n\u00a0=\u00a0{min(counts)}" + f"\u00a0to\u00a0{max(counts)}" * (max(counts) > min(counts))  # no line break
     found = {task: unfinished_seeds(part) for task, part in parts.items()}
-    words = [f"{seeds_text(runs)}" + f" on {task}" * (len(tasks) > 1) for task, runs in found.items() if runs]
+    words = [seeds_text(runs) + f" on {task}" * (len(tasks) > 1) for task, runs in found.items() if runs]
     if len(words) > 2:
-        states = pd.Series([what.split()[0] for runs in found.values() for _, what in runs]).value_counts(sort=False)
+        states = Counter(reason.split()[0] for runs in found.values() for reason in runs.values())
         words = [f"{count} run{'s' * (count > 1)} {state}" for state, count in states.items()]
-    return f"{curve} ({'; '.join([n, *words, *[also] * bool(also)])})"
+    return f"{curve} ({'; '.join([n, *words, *[note] * bool(note)])})"
+
+
+def draw_task(axis, frame, styles, statistic):
+    """Draw one task's panel: thin lines are seeds, a thick line each curve's statistic with its interval."""
+    for k, (curve, style) in enumerate(styles.items()):
+        returns = by_seed(frame[frame["curve"] == curve])
+        for seed in returns:
+            axis.plot(returns[seed].dropna(), color=style["color"], linewidth=0.5, alpha=0.5)
+        common = returns.dropna()  # the steps that all seeds share, so none beyond the shortest run
+        if common.empty:
+            continue
+        of_seeds = STATISTICS[statistic]([common.to_numpy()])
+        every = (k % 3, max(1, len(common) // 8))
+        axis.plot(common.index, of_seeds, **style, linewidth=1.2, markersize=2.5, markevery=every)
+        low, high = np.transpose([interval([row], statistic) for row in common.to_numpy()])
+        axis.fill_between(common.index, low, high, color=style["color"], alpha=0.18, linewidth=0)  # not where NaN
 
 
 def draw_curves(frame, names, statistic):
-    """Figure with one panel per task: thin lines are seeds, a thick line each curve's statistic with its interval."""
+    """Figure of learning curves with one panel per task; `names` are the columns that define a curve."""
     tasks, styles = frame["task"].unique(), curve_styles(frame["curve"].unique())
-    ours = begun(frame[frame["state"] != "published"])
-    end = (ours if len(ours) else frame)["env_step"].max()  # public curves have millions of steps
+    ours = frame["env_step"][frame["state"] != "published"]
+    end = frame["env_step"].max() if ours.isna().all() else ours.max()  # public curves have millions of steps
     columns = min(3, len(tasks))
     figure, axes = panels(math.ceil(len(tasks) / columns), columns, 2.0, sharex=True, sharey=True)
-    at_random = published_scores().query("method == 'random policy'").set_index("task")["mean"]
+    at_random = random_returns()
     random_style = {"color": "0.45", "linestyle": (0, (3, 2)), "linewidth": 0.8}
-    for i, axis in enumerate(axes.flat):
-        if i >= len(tasks):
-            axis.set_visible(False)
-            continue
-        axis.set_title(tasks[i])
-        axis.set_ylabel("evaluation return" if i % columns == 0 else None)
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_visible(False)
+    for i, (axis, task) in enumerate(zip(axes.flat, tasks, strict=False)):
+        axis.set(title=task, ylabel="evaluation return" if i % columns == 0 else None)
         if i + columns >= len(tasks):  # the lowest panel of its column
             axis.set_xlabel("environment steps")
             axis.tick_params(labelbottom=True)
-        if tasks[i] in at_random:
-            axis.axhline(at_random[tasks[i]], zorder=1, **random_style)
-        for k, (curve, (colour, line, marker)) in enumerate(styles.items()):
-            scores = by_seed(frame[(frame["curve"] == curve) & (frame["task"] == tasks[i])]).loc[:end]
-            for seed in scores:
-                axis.plot(scores[seed].dropna(), color=colour, linewidth=0.5, alpha=0.5)
-            common = aligned(scores)
-            if len(common):
-                of_seeds = STATISTICS[statistic]([common.to_numpy()])
-                every = (k % 3, max(1, len(common) // 8))
-                style = {"color": colour, "linestyle": line, "linewidth": 1.2, "marker": marker, "markersize": 2.5}
-                axis.plot(common.index, of_seeds, markevery=every, **style)
-                low, high = np.transpose([interval([row], statistic) for row in common.to_numpy()])
-                axis.fill_between(common.index, low, high, color=colour, alpha=0.18, linewidth=0)
+        if task in at_random:
+            axis.axhline(at_random[task], zorder=1, **random_style)
+        draw_task(axis, frame[(frame["task"] == task) & (frame["env_step"] <= end)], styles, statistic)
     axes[0, 0].set(xlim=(0, max(1, end) * 1.02), ylim=(-20, 1020), yticks=range(0, 1001, 250))
     axes[0, 0].xaxis.set_major_formatter(EngFormatter(sep=""))
     handles = [
-        Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=3, label=legend_label(frame, curve))
-        for curve, (colour, line, marker) in styles.items()
+        Line2D([], [], **style, markersize=3, label=legend_label(frame, curve)) for curve, style in styles.items()
     ]
-    of = {"mean": "mean", "iqm": "interquartile mean"}[statistic]
-    thick = {"color": "0.3", "linewidth": 1.2}
-    handles.append(Line2D([], [], label=f"{of} of the seeds, 95 % bootstrap interval", **thick))
+    of_seeds = {"mean": "mean of the seeds", "iqm": "interquartile mean of the seeds"}[statistic]
+    if any(band.get_paths() for axis in axes.flat for band in axis.collections):
+        of_seeds += ", 95 % bootstrap interval"
+    handles.append(Line2D([], [], color="0.3", linewidth=1.2, label=of_seeds))
     if set(tasks) & set(at_random.index):
         handles.append(Line2D([], [], label="uniformly random policy", **random_style))
     draw_legend(figure, handles, None if names in (["variant"], ["agent"]) else ", ".join(names))
@@ -150,14 +142,18 @@ def training_log(run):
     return log.assign(**log.drop(columns="env_step").rolling(SMOOTHING, min_periods=1).mean())
 
 
+def draw_run(axis, x, y, seed, **style):
+    """Draw a run's line, ending in its seed."""
+    axis.plot(x, y, linewidth=0.9, **style)
+    if len(x):
+        end = (x.iloc[-1], y.iloc[-1])
+        axis.annotate(seed, end, (2, 0), textcoords="offset points", fontsize=6, color=style["color"])
+
+
 def draw_diagnostics(frame):
-    """Two rows per task: each diagnostic over environment steps and, below, over the training return.
+    """Figure with two rows per task, each diagnostic over environment steps and, below, over the training return.
 
-    Returns:
-        The figure, and the titles of the diagnostics that it omits because no run logged them.
-
-    Raises:
-        Refused: no run logged any diagnostic.
+    Also returns the titles of the diagnostics that no run logged; raises `Refused` if these are all.
     """
     ours = frame[frame["state"] != "published"]
     runs = ours[ours["state"] != "missing"].drop_duplicates("run")
@@ -166,29 +162,27 @@ def draw_diagnostics(frame):
     if not names:
         raise Refused("--diagnostics: no train.log here has any of them; runs of --agent cody_sac log them")
     silent = [(run.curve, run.seed) for run in runs.itertuples() if not logs[run.run][names].notna().any(axis=None)]
-    tasks, seeds = runs["task"].unique(), sorted(runs["seed"].unique())
     styles = curve_styles(runs["curve"].unique())
-    dashes = {seed: STYLES[i % len(STYLES)] for i, seed in enumerate(seeds)}
-    figure, axes = panels(2 * len(tasks), len(names), 1.4)
-    for (top, bottom), task in zip(axes.reshape(-1, 2, len(names)), tasks, strict=True):
+    dashes = dict(zip(sorted(runs["seed"].unique()), cycle(STYLES), strict=False))
+    figure, axes = panels(2 * runs["task"].nunique(), len(names), 1.4)
+    rows = axes.reshape(-1, 2, len(names))
+    for (top, bottom), (task, of_task) in zip(rows, runs.groupby("task", sort=False), strict=True):
         top[0].set_ylabel(task)
         for over_steps, over_return, name in zip(top, bottom, names, strict=True):
             over_return.sharey(over_steps)
-            over_steps.set(title=DIAGNOSTICS[name], xlabel="environment steps")
+            scale = "log" if name == "grad_ratio" else "linear"
+            over_steps.set(title=DIAGNOSTICS[name], xlabel="environment steps", yscale=scale)
             over_return.set(xlabel="training return")
             over_steps.xaxis.set_major_formatter(EngFormatter(sep=""))
-            if name == "grad_ratio":
-                over_steps.set_yscale("log")
-            for run in runs[runs["task"] == task].itertuples():
-                colour, log = styles[run.curve][0], logs[run.run].dropna(subset=name)
-                for axis, x in ((over_steps, "env_step"), (over_return, "episode_reward")):
-                    axis.plot(log[x], log[name], color=colour, linestyle=dashes[run.seed], linewidth=0.9)
-                    for end in zip(log[x].tail(1), log[name].tail(1), strict=True):
-                        axis.annotate(run.seed, end, (2, 0), textcoords="offset points", fontsize=6, color=colour)
+            for run in of_task.itertuples():
+                log = logs[run.run].dropna(subset=name)
+                style = {"color": styles[run.curve]["color"], "linestyle": dashes[run.seed]}
+                draw_run(over_steps, log["env_step"], log[name], run.seed, **style)
+                draw_run(over_return, log["episode_reward"], log[name], run.seed, **style)
     handles = []
-    for curve, (colour, _, _) in styles.items():
-        words = seeds_text([(seed, "without them") for of, seed in silent if of == curve])
-        handles.append(Line2D([], [], color=colour, label=legend_label(ours, curve, words)))
+    for curve, style in styles.items():
+        words = seeds_text({seed: "without them" for of, seed in silent if of == curve})
+        handles.append(Line2D([], [], color=style["color"], label=legend_label(ours, curve, words)))
     handles += [Line2D([], [], color="0.3", linestyle=line, label=f"seed {seed}") for seed, line in dashes.items()]
     draw_legend(figure, handles)
     return figure, [title for name, title in DIAGNOSTICS.items() if name not in names]
@@ -196,10 +190,8 @@ def draw_diagnostics(frame):
 
 def as_pictures(figure):
     """{suffix: bytes} of a figure, without timestamps, so that equal runs give identical files."""
-    files = {}
-    for ending, metadata in ((".png", {"Software": MADE_BY}), (".pdf", {"Creator": MADE_BY, "CreationDate": None})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=ending[1:], metadata=metadata)
-        files[ending] = buffer.getvalue()
+    png, pdf = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": MADE_BY})
+    figure.savefig(pdf, format="pdf", metadata={"Creator": MADE_BY, "CreationDate": None})
     plt.close(figure)
-    return files
+    return {".png": png.getvalue(), ".pdf": pdf.getvalue()}

@@ -6,16 +6,13 @@ its seed as missing. docs/plotting.md explains the intervals and differences.
 
 import dataclasses
 import difflib
-import gzip
-import json
 import pathlib
 import re
 import zlib
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student_t
-from scipy.stats import trim_mean
+from scipy import stats
 
 from config import UNCHANGING, Config, complete, parse_flags
 from endings import Refused
@@ -25,25 +22,22 @@ MADE_BY = "plot.py of CoDy"  # marks the pictures and tables that plot.py may ov
 PUBLISHED = pathlib.Path(__file__).resolve().parent.parent / "results" / "published_scores.csv"
 EVALUATION = ["variant", "task", "agent", "seed", "step", "env_step", "episode_reward", "state"]  # columns of every CSV
 OWN_COLUMNS = {"domain_name", "task_name", "seed", "agent"}  # flags that EVALUATION covers
-METHOD = [f.name for f in dataclasses.fields(Config) if f.name not in {*UNCHANGING, *OWN_COLUMNS}]  # the other flags
+METHOD = {f.name: f.default for f in dataclasses.fields(Config) if f.name not in {*UNCHANGING, *OWN_COLUMNS}}
 BUDGET = {"num_train_steps", "eval_freq", "num_eval_episodes"}  # training and evaluation budget, not the method
 MADE_WITH = ["git_commit", "python", "device_used", "processor", "renderer"]  # args.json keys besides `versions`
 RESAMPLES = 20_000  # bootstrap draws: they fix an interval's ends to a fiftieth of the standard error
 MIN_SEEDS = 3  # minimum for an interval
-MAX_RETURN = 1_000
 STATISTICS = {  # list of (..., seeds) arrays, one per task -> (...)
     "mean": lambda tasks: np.mean([scores.mean(-1) for scores in tasks], axis=0),
-    "iqm": lambda tasks: trim_mean(np.concatenate(tasks, axis=-1), 0.25, axis=-1),
+    "iqm": lambda tasks: stats.trim_mean(np.concatenate(tasks, axis=-1), 0.25, axis=-1),
 }
 
 
 def read_scores(paths):
-    """Frame of all evaluations in `paths`, columns EVALUATION, known flags of METHOD, `made_with ...` and `run`.
+    """Frame of all evaluations in `paths`, columns EVALUATION, flags of METHOD, `made_with ...`, `run` and others.
 
-    `env_step` counts environment steps; `episode_reward` is the mean return of one evaluation.
-
-    Raises:
-        Refused: a path is missing, holds no run, or has an unknown format.
+    `env_step` counts environment steps; `episode_reward` is the mean return of one evaluation. Raises `Refused` if a
+    path is missing, holds no run, or has an unknown format.
     """
     frames = []
     for path in map(pathlib.Path, paths):
@@ -74,10 +68,11 @@ def _read_folder(folder):
     }
     rows = []
     for run in runs:
-        state = load_state(run)
-        has_begun = (run / "args.json").exists()
-        args = load_args(run) if has_begun else dataclasses.asdict(complete(parse_flags(Config, planned[run])))
-        flags = {f.name: args.get(f.name, f.default) for f in dataclasses.fields(Config) if f.name in METHOD}
+        if (run / "args.json").exists():
+            args = load_args(run)
+        else:
+            args = dataclasses.asdict(complete(parse_flags(Config, planned[run])))
+        flags = {name: args.get(name, default) for name, default in METHOD.items()}
         task, place = f"{args['domain_name']}-{args['task_name']}", run.resolve()
         in_layout = place.name == f"s{args['seed']}" and place.parent.name == task
         known = {
@@ -86,13 +81,11 @@ def _read_folder(folder):
             "task": task,
             "agent": args["agent"],
             "seed": args["seed"],
-            "state": state,
+            "state": load_state(run),
             **{name: "none" if value is None else value for name, value in flags.items()},
             **_made_with(args),
         }
-        evaluations = load_rows(run, "eval.log") if has_begun else []
-        rows += [{**known, **{k: row[k] for k in ("step", "env_step", "episode_reward")}} for row in evaluations]
-        rows += [] if evaluations else [known]
+        rows += [{**row, **known} for row in load_rows(run, "eval.log")] or [known]
     return pd.DataFrame(rows)
 
 
@@ -112,19 +105,15 @@ def _read_file(path):
         if path.suffix == ".csv":
             frame = pd.read_csv(path, keep_default_na=False, na_values=[""], float_precision="round_trip")
         else:
-            content = path.read_bytes()
-            frame = pd.DataFrame(json.loads(gzip.decompress(content) if path.suffix == ".gz" else content))
-            frame = frame.explode(["xs", "ys"], ignore_index=True)
+            frame = pd.read_json(path, precise_float=True).explode(["xs", "ys"], ignore_index=True)
         if "state" not in frame:  # a public file, whose steps are environment steps
             names = {"env": "task", "step": "env_step", "method": "agent", "xs": "env_step", "ys": "episode_reward"}
             frame = frame.rename(columns=names).assign(state="published")
-        run = pd.Series(f"{path}", index=frame.index)
-        for name in sorted(set(frame) - {"step", "env_step", "episode", "episode_reward"}):
-            run += ", " + frame[name].astype(str)
+        if frame.empty or frame[["env_step", "episode_reward", "agent", "seed"]]["seed"].isna().any():
+            raise KeyError  # as a missing column does
+        of_run = sorted(set(frame) - {"step", "env_step", "episode", "episode_reward"})
+        run = f"{path}, " + frame[of_run].astype(str).agg(", ".join, axis=1)
         frame = frame.assign(run=run, task=frame["task"].map(task_folder))
-        needed = ["env_step", "episode_reward", "seed", "agent"]
-        if frame.empty or frame[needed]["seed"].isna().any():  # a missing column raises KeyError too
-            raise KeyError
         return _typed(frame[[name for name in frame if name in {*EVALUATION, *METHOD, "run"}]])
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError):
         raise Refused(
@@ -139,9 +128,15 @@ def task_folder(name):
 
 
 def published_scores():
-    """results/published_scores.csv with our <domain>-<task> names."""
-    scores = pd.read_csv(PUBLISHED)
+    """results/published_scores.csv with the columns of our tables; the random policy, with env_step 0, comes first."""
+    columns = {"env_steps": "env_step", "mean": "value", "seeds": "n"}
+    scores = pd.read_csv(PUBLISHED).rename(columns=columns).sort_values("env_step", kind="stable")
     return scores.assign(task=scores["task"].map(task_folder))
+
+
+def random_returns():
+    """The uniformly random policy's mean return, a Series indexed by task; not all tasks have one."""
+    return published_scores().query("method == 'random policy'").set_index("task")["value"]
 
 
 def varied(frame):
@@ -150,14 +145,10 @@ def varied(frame):
 
 
 def with_curves(frame, hue):
-    """The frame with a column `curve`, and the names of the columns that define it.
+    """The frame of `read_scores` with a column `curve`, and the names of the columns that define it.
 
-    Args:
-        frame: the frame from `read_scores`.
-        hue: comma-separated column names, or None to choose them; public curves lack these and use their agent.
-
-    Raises:
-        Refused: a flag does not exist, the runs are not in variant folders, or two runs of a curve share a seed.
+    `hue` is their comma-separated names, or None to choose them; public curves lack these and use their agent. Raises
+    `Refused` if a flag does not exist, the runs are not in variant folders, or two runs of a curve share a seed.
     """
     ours = frame[frame["state"] != "published"]
     if hue is None:
@@ -187,46 +178,40 @@ def with_curves(frame, hue):
     return frame, names
 
 
-def begun(frame):
-    """The rows that are evaluations."""
+def evaluations(frame):
+    """The rows that are evaluations, so none for a run without any."""
     return frame[frame["env_step"].notna()]
 
 
 def by_seed(part):
     """Returns of one curve on one task, (evaluation steps, seeds); NaN where a seed has no evaluation."""
-    return begun(part).pivot(index="env_step", columns="seed", values="episode_reward")
-
-
-def aligned(scores):
-    """The rows of `by_seed` that all seeds share, so none beyond the shortest run."""
-    return scores.dropna()
+    return evaluations(part).pivot(index="env_step", columns="seed", values="episode_reward")
 
 
 def unfinished_seeds(part):
-    """[(seed, "missing" or "diverged at 40,000")] for the unfinished runs of one curve on one task."""
-    return [
-        (seed, state if pd.isna(run["env_step"].max()) else f"{state} at {run['env_step'].max():,}")
-        for (seed, state), run in part.groupby(["seed", "state"])
-        if state not in ("finished", "published")
-    ]
+    """{seed: "missing" or "diverged at 40,000"} for the unfinished runs of one curve on one task."""
+    last = part[~part["state"].isin(["finished", "published"])].groupby(["seed", "state"])["env_step"].max()
+    return {seed: state if pd.isna(step) else f"{state} at {step:,}" for (seed, state), step in last.items()}
 
 
-def seeds_text(found):
-    """Pairs from `unfinished_seeds` -> "seeds 2, 3 missing; seed 4 diverged at 40,000"."""
+def seeds_text(reasons):
+    """Dict as from `unfinished_seeds` -> "seeds 2, 3 missing; seed 4 diverged at 40,000"."""
     words = {}
-    for seed, what in found:
-        words.setdefault(what, []).append(str(seed))
-    return "; ".join(f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)} {what}" for what, seeds in words.items())
+    for seed, reason in reasons.items():
+        words.setdefault(reason, []).append(str(seed))
+    return "; ".join(f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)} {reason}" for reason, seeds in words.items())
 
 
 def warnings_about(frame, names):
     """Yield warnings: missing runs, an aggregate that ends early, and differences within or between curves."""
+    made_with = [name for name in frame if name.startswith("made_with ")]
+    compared = [name for name in [*METHOD, *made_with] if name in frame and name not in names]
     for (curve, task), part in frame.groupby(["curve", "task"], sort=False):
         where = f"{curve} on {task}"
         if found := unfinished_seeds(part):
             yield f"{where}: {seeds_text(found)}"
         scores = by_seed(part)
-        steps, common = scores.index, aligned(scores).index
+        steps, common = scores.index, scores.dropna().index
         if len(steps) and not len(common):
             yield f"{where}: no aggregate, since no evaluation step is common to all its seeds"
         elif len(steps) and common[-1] < steps[-1]:
@@ -234,53 +219,21 @@ def warnings_about(frame, names):
         if uneven := [f"{step:,}" for step in steps.difference(common) if len(common) and step < common[-1]]:
             more = f" and {len(uneven) - 5} more" * (len(uneven) > 5)
             yield f"{where}: not evaluated by all seeds, so not in the aggregate: {', '.join(uneven[:5])}{more}"
-        for name in part.columns:
-            values = set(part[name].dropna()) if name in METHOD and name not in names else set()
-            if name.startswith("made_with "):
-                values = set().union(*part[name].dropna())
+        for name in compared:
+            values = set(part[name].dropna().explode())
             if len(values) > 1:
                 shown = ", ".join(str(value)[:12] for value in sorted(values, key=str))
                 yield f"{where}: its runs differ in {name.removeprefix('made_with ')}: {shown}"
-    for name in [name for name in frame if name.startswith("made_with ")]:
+    for name in made_with:
         known = frame.dropna(subset=name).groupby("curve", sort=False)[name]
-        values = known.agg(lambda made: sorted(set().union(*made)))
-        if values.map(tuple).nunique() > 1:
+        values = known.agg(lambda made: tuple(sorted(set().union(*made))))
+        if values.nunique() > 1:
             shown = (f"{curve} {', '.join(str(value)[:12] for value in made)}" for curve, made in values.items())
             yield f"curves differ in {name.removeprefix('made_with ')}: {'; '.join(shown)}"
     flags = [name for name in ("task", "agent", *METHOD) if name in frame and name not in BUDGET]
-    ours = frame[frame["state"] != "published"]
-    for _, part in ours.groupby(flags, sort=False, dropna=False):
+    for _, part in frame[frame["state"] != "published"].groupby(flags, sort=False, dropna=False):
         if len(twins := part["curve"].unique()) > 1:
             yield f"{' and '.join(twins)} have the same flags on {part['task'].iloc[0]}; --hue with flags joins them"
-
-
-def measured(part, step, measure):
-    """One number per seed of one curve on one task, for seeds with an evaluation at exactly `step`.
-
-    Args:
-        part: the rows of that curve and task.
-        step: the environment step.
-        measure: "last", the return at `step`, or "outcome", the mean of the evaluations from `step` / 2 to `step`,
-            at the steps that all these seeds share.
-
-    Returns:
-        Series indexed by seed.
-    """
-    scores = by_seed(part)
-    if step not in scores.index:
-        return pd.Series(dtype=float)
-    seeds = scores.columns[scores.loc[step].notna()]
-    return scores.loc[step if measure == "last" else step / 2 : step, seeds].dropna().mean()
-
-
-def normalised(returns, task):
-    """Returns normalised for pooling over tasks: 0 is the random policy, 1 the maximum return.
-
-    Raises:
-        KeyError: results/published_scores.csv has no random policy for this task.
-    """
-    at_random = published_scores().query("method == 'random policy'").set_index("task")["mean"][task]
-    return (returns - at_random) / (MAX_RETURN - at_random)
 
 
 def resampled(tasks, statistic, rng):
@@ -289,45 +242,36 @@ def resampled(tasks, statistic, rng):
     return STATISTICS[statistic](draws)
 
 
-def interval(tasks, statistic):
-    """95 % percentile bootstrap interval of a statistic, over seeds within each task.
+def interval(tasks, statistic, minus=()):
+    """95 % percentile bootstrap interval, (2,), of a statistic of `tasks` or of its difference to that of `minus`.
 
-    Args:
-        tasks: a list of (seeds,) arrays of returns, one per task.
-        statistic: a key of STATISTICS.
-
-    Returns:
-        (2,) array, NaN with fewer than MIN_SEEDS seeds on a task. A fixed bootstrap seed makes equal scores give equal
-        intervals.
+    NaN if a task has fewer than MIN_SEEDS seeds. The bootstrap's seed is fixed, so equal scores give equal intervals.
     """
-    if min(len(scores) for scores in tasks) < MIN_SEEDS:
+    if min(len(scores) for scores in [*tasks, *minus]) < MIN_SEEDS:
         return np.full(2, np.nan)
-    return np.percentile(resampled(tasks, statistic, np.random.default_rng(0)), [2.5, 97.5])
+    rng = np.random.default_rng(0)
+    samples = resampled(tasks, statistic, rng)
+    if minus:
+        samples = samples - resampled(minus, statistic, rng)
+    return np.percentile(samples, [2.5, 97.5])
 
 
 def pooled_difference(a, b, statistic):
     """Difference a - b of two curves' statistics over the same tasks: (value, low, high), see `interval`."""
-    value = STATISTICS[statistic](a) - STATISTICS[statistic](b)
-    if min(len(scores) for scores in [*a, *b]) < MIN_SEEDS:
-        return value, np.nan, np.nan
-    rng = np.random.default_rng(0)
-    samples = resampled(a, statistic, rng) - resampled(b, statistic, rng)
-    return value, *np.percentile(samples, [2.5, 97.5])
+    return STATISTICS[statistic](a) - STATISTICS[statistic](b), *interval(a, statistic, minus=b)
 
 
 def difference(a, b):
-    """Difference of two means, a - b, and its 95 % Welch t interval.
+    """Difference of two means, a - b, and its 95 % Welch t interval: (value, low, high).
 
-    Args:
-        a, b: (mean, sample standard deviation, number of seeds).
-
-    Returns:
-        (value, low, high); low and high are NaN if either has fewer than MIN_SEEDS seeds, or if both variances are 0.
+    `a` and `b` are (mean, sample standard deviation, number of seeds). The interval is NaN if either has fewer than
+    MIN_SEEDS seeds, or if both variances are 0.
     """
-    variances = [std**2 / n for _, std, n in (a, b)]
-    value, variance = a[0] - b[0], sum(variances)
-    if min(a[2], b[2]) < MIN_SEEDS or not variance > 0:
+    (mean_a, std_a, n_a), (mean_b, std_b, n_b) = a, b
+    value, variance_a, variance_b = mean_a - mean_b, std_a**2 / n_a, std_b**2 / n_b  # variances of the means
+    variance = variance_a + variance_b
+    if min(n_a, n_b) < MIN_SEEDS or not variance > 0:
         return value, np.nan, np.nan
-    freedom = variance**2 / sum(v**2 / (n - 1) for v, (_, _, n) in zip(variances, (a, b), strict=True))
-    margin = student_t.ppf(0.975, freedom) * variance**0.5
+    freedom = variance**2 / (variance_a**2 / (n_a - 1) + variance_b**2 / (n_b - 1))
+    margin = stats.t.ppf(0.975, freedom) * variance**0.5
     return value, value - margin, value + margin

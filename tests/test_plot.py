@@ -126,6 +126,14 @@ def test_the_thick_line_is_the_mean_and_ends_with_its_shortest_run(sweep):
     assert {ends.min(), ends.max()} == {*scores.interval([last], "mean")}
 
 
+def test_the_legend_promises_an_interval_only_if_one_is_drawn(tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"v/cartpole-swingup/s{seed}", f"--seed {seed}", noisy(seed))
+        for statistic, line in (("mean", "mean of the seeds"), ("iqm", "interquartile mean of the seeds")):
+            shown = labels_of(plot.draw_curves(*frame_of(tmp_path), statistic))
+            assert shown[1] == (line if seed < 3 else f"{line}, 95 % bootstrap interval")
+
+
 @pytest.mark.parametrize("state", ["stopped", "died"])
 def test_a_run_that_has_not_finished_is_named(tmp_path, call, state):
     make_run(tmp_path / "runs/v/cartpole-swingup/s1", "--seed 1", noisy(1))
