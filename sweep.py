@@ -127,8 +127,8 @@ def run(args, flags):
     if args.dry_run:
         with lost_console():
             for run in todo:
-                print(shlex.join(command(folder, run)))
-            print(f"{plural(len(todo), 'run')} to do, {len(runs) - len(todo)} over", flush=True)
+                print(shlex.join(command(folder, run)), flush=True)
+        print(f"{plural(len(todo), 'run')} to do, {len(runs) - len(todo)} over", file=sys.stderr)
     else:
         if args.resume is None:
             with locked(folder):

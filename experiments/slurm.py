@@ -88,7 +88,7 @@ def submit(folder, runs, args):
         for i, element in enumerate(elements):
             print(f"# element {i}", *(shlex.join(command(folder, run)) for run in element), sep="\n")
         count = sum(map(len, elements))
-        print(f"{in_elements(elements)} to submit, {len(runs) - count} over or in the queue")
+        print(f"{in_elements(elements)} to submit, {len(runs) - count} over or in the queue", file=sys.stderr)
         return
     check()
     batch(folder, runs, [], args)  # refuse a bad script before creating files
