@@ -21,6 +21,7 @@ import time
 import psutil
 import pytest
 from conftest import SMALL
+from rich.console import Console
 
 import rendering
 import sweep
@@ -175,13 +176,11 @@ def test_variants(here, call, monkeypatch):
     words = [*sys.argv[1:], "--", "--batch_size", "128", "--seed", "0,1"]
     args, flags = sweep.parse_command(words)
     runs = sweep.plan(args, flags, here)
-    assert [run.folder for run in runs] == [
-        f"{name}/cartpole-swingup/s{seed}" for seed in (0, 1) for name in ("x-1", "plain", "big")
-    ]
-    sizes = [run.flags[run.flags.index("--batch_size") + 1] for run in runs]
+    assert list(runs) == [f"{name}/cartpole-swingup/s{seed}" for seed in (0, 1) for name in ("x-1", "plain", "big")]
+    sizes = [words[words.index("--batch_size") + 1] for words in runs.values()]
     assert sizes == ["128", "128", "512"] * 2  # a variant's own flags win
     args, flags = sweep.parse_command([*words[:2], "--only", "big,plain", *words[2:]])
-    assert [run.folder.split("/")[0] for run in sweep.plan(args, flags, here)] == ["big", "plain"] * 2
+    assert [name.split("/")[0] for name in sweep.plan(args, flags, here)] == ["big", "plain"] * 2
 
 
 @pytest.mark.parametrize("file", ["ablation.txt", "100k.txt"])
@@ -381,7 +380,7 @@ def test_runs_that_a_killed_sweep_has_left_behind(here, start):
     who = f"cody_sac/cartpole-swingup/s5: {{}} process {pid} on {socket.gethostname()}, which {{}}\n"
     for each in (stopped, process):
         assert each.stdout.readline() == who.format("waiting for", "does this run already")
-    time.sleep(3)
+    time.sleep(2 * processes.POLL)
     stopped.send_signal(signal.SIGTERM)
     said = stopped.communicate(timeout=30)[0]
     assert who.format("still running in", "this sweep did not start") in said
@@ -437,7 +436,7 @@ def test_a_full_disk_under_a_run_that_cannot_begin_stops_no_other(here, call, mo
 
 
 def test_only_runs_that_change_are_read(here, call, monkeypatch):
-    """Logs of many finished runs, read every two seconds, would keep a core busy."""
+    """Logs of many finished runs, read every second, would keep a core busy."""
     seen, real = [], status.run_status
 
     def noted(run):
@@ -445,7 +444,7 @@ def test_only_runs_that_change_are_read(here, call, monkeypatch):
         return real(run)
 
     monkeypatch.setattr(processes, "run_status", noted)
-    monkeypatch.setattr(processes, "REFRESH", 0)
+    monkeypatch.setattr(processes, "POLL", 0.2)
     assert call("sweep.py", "--name a --jobs 2 -- --seed 20,21,7").returncode == 0
     for seed in (20, 21):  # when it ends, in the table that is drawn next, and in the last one
         assert seen.count((f"s{seed}", "finished")) <= 3
@@ -602,8 +601,7 @@ def test_a_reader_that_goes_away(here, start):
 def test_a_narrow_terminal(capsys):
     """The names are wrapped, what is said of them is whole."""
     run = status.RunStatus("finished", 63_000, 63_000, 1000.0, None, "")
-    console = status.PipeConsole(width=60)
-    console.print(
+    Console(width=60).print(
         status.status_table({f"omega_cody_loss=0.0{k},cody_lr=1e-4/ball_in_cup-catch/s1": run for k in (1, 2)})
     )
     lines = capsys.readouterr().out.splitlines()
