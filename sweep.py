@@ -18,13 +18,12 @@ from typing import Annotated
 
 import tyro
 
-import endings
 from config import Config, parse_flags, shorten
-from endings import EXPECTED, Refused, end
+from endings import EXPECTED, Refused, end, listen
 from experiments.grid import HERE, command, is_over, load_runs, locked, merge, plan, store
-from experiments.processes import run_here
+from experiments.processes import Scheduler
 from experiments.slurm import submit
-from experiments.status import lost_console, make_console, plural, run_status, status_table
+from experiments.status import LossProofConsole, plural, run_status, status_table
 from storage.run_folder import find_runs, load_sweep
 
 SLURM = ("slurm", "slurm_script", "runs_per_job")
@@ -76,18 +75,18 @@ def parse_command(argv):
     if "--slurm" in own[:-1]:  # its value may look like a flag
         at = own.index("--slurm")
         own[at : at + 2] = [f"--slurm={own[at + 1]}"]
-    known, of_runs = ({field.name for field in dataclasses.fields(cls)} for cls in (Args, Config))
-    for word in own:
-        name = word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
-        if word.startswith("--") and name in (of_runs | {"task"}) - known:
-            raise Refused(f"{word.partition('=')[0]}: a flag of train.py, which comes after the --")
+    of_runs = {field.name for field in dataclasses.fields(Config)} | {"task"}
+    for flag in (word.partition("=")[0] for word in own if word.startswith("--")):
+        name = flag[2:].replace("-", "_").removeprefix("no_")
+        if name in of_runs and not hasattr(Args, name):
+            raise Refused(f"{flag}: a flag of train.py, which comes after the --")
     args = parse_flags(Args, own)
-    if [getattr(args, mode) for mode in MODES].count(None) != 2:
+    modes = [mode for mode in MODES if getattr(args, mode) is not None]
+    if len(modes) != 1:
         raise Refused("needs one of --name, --resume and --status")
-    (mode,) = [mode for mode in MODES if getattr(args, mode) is not None]
     for field in dataclasses.fields(args):
-        if field.name not in (mode, *MODES[mode]) and getattr(args, field.name) != field.default:
-            raise Refused(f"--{field.name}: has no effect with --{mode}")
+        if field.name not in (*modes, *MODES[modes[0]]) and getattr(args, field.name) != field.default:
+            raise Refused(f"--{field.name}: has no effect with --{modes[0]}")
     if flags and args.name is None:
         raise Refused(f"{shorten(flags[0])}: --status and --resume take the runs of sweep.json, no others")
     if args.slurm is None and (args.runs_per_job != 1 or args.slurm_script != SCRIPT):
@@ -115,25 +114,28 @@ def run(args, flags):
     if args.status is not None:
         print_status(pathlib.Path(args.status))
         return
-    folder = pathlib.Path(args.resume or pathlib.Path(args.work_dir) / args.name)
-    if args.resume is None and not (folder / "sweep.json").exists() and any(folder.rglob("args.json")):
-        raise Refused(f"--name {args.name}: {folder} holds runs that are of no sweep; choose another")
-    runs = plan(args, flags, folder) if args.resume is None else resumed(folder, args)
+    if args.resume is not None:
+        folder = pathlib.Path(args.resume)
+        runs = resumed(folder, args)
+    else:
+        folder = pathlib.Path(args.work_dir, args.name)
+        if not (folder / "sweep.json").exists() and any(folder.rglob("args.json")):
+            raise Refused(f"--name {args.name}: {folder} holds runs that are of no sweep; choose another")
+        runs = plan(args, flags, folder)
     merge(folder, runs)  # refuse contradictions before creating anything
     if args.slurm is not None:
         submit(folder, runs, args)
         return
-    todo = [run for run in runs if not is_over(folder, run)]
+    todo = [name for name, words in runs.items() if not is_over(folder / name, words)]
     if args.dry_run:
-        with lost_console():
-            for run in todo:
-                print(shlex.join(command(folder, run)))
-            print(f"{plural(len(todo), 'run')} to do, {len(runs) - len(todo)} over", flush=True)
-    else:
-        if args.resume is None:
-            with locked(folder):
-                store(folder, merge(folder, runs), load_sweep(folder)["jobs"])
-        sys.exit(run_here(folder, runs, args.jobs or 1, todo))
+        for name in todo:
+            LossProofConsole().out(shlex.join(command(folder / name, runs[name])))
+        print(f"{plural(len(todo), 'run')} to do, {len(runs) - len(todo)} over", file=sys.stderr)
+        return
+    if args.resume is None:
+        with locked(folder):
+            store(folder, merge(folder, runs), load_sweep(folder)["jobs"])
+    sys.exit(Scheduler(folder, runs, todo, args.jobs or 1).run())
 
 
 def print_status(folder):
@@ -147,8 +149,7 @@ def print_status(folder):
             statuses[str(run.relative_to(folder))] = run_status(run)
         except Refused as error:
             unreadable.append(str(error))
-    with lost_console():
-        make_console().print(status_table(statuses), *unreadable, sep="\n")
+    LossProofConsole().print(status_table(statuses), *unreadable, sep="\n")
 
 
 def resumed(folder, args):
@@ -162,9 +163,9 @@ def resumed(folder, args):
         names = jobs[args.array]["elements"][args.element]
     except IndexError:
         raise Refused(f"--array {args.array} --element {args.element}: {folder} has submitted none such") from None
-    return [run for run in runs if run.folder in names]
+    return {name: words for name, words in runs.items() if name in names}
 
 
 if __name__ == "__main__":
-    endings.listen()
+    listen()
     main()

@@ -8,7 +8,6 @@ import pathlib
 import re
 import shlex
 import sys
-from typing import NamedTuple
 
 import dashboard
 import dmc2gym
@@ -18,21 +17,15 @@ from machine import check_machine, choose_device
 from storage.run_folder import check_writable, load_sweep, parse_run, write_json
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
-OWN_FOLDERS = {"domain_name", "task_name", "seed"}  # flags with a folder level of their own
-MACHINE = ("device", "replay_device", "compile", "wandb")  # flags that this machine may not support
-TASK_CHECKS = ("camera_id", "pre_transform_image_size", "save_video", *MACHINE)  # flags checked with task and machine
-
-
-class Run(NamedTuple):
-    """A run of a sweep: its folder relative to the sweep's, and its flags, a list of command-line tokens."""
-
-    folder: str
-    flags: list
+OWN_FOLDERS = ("task", "domain_name", "task_name", "seed")  # flags with a folder level of their own
+CHECKED = (  # flags that decide whether the suite has the task and this machine can run it
+    "domain_name task_name encoder_type camera_id pre_transform_image_size save_video "
+    "device replay_device compile wandb"
+).split()
 
 
 def parse_grid(flags):
     """Flags of train.py -> {name: list of values}; a flag without a value has [None]."""
-    switches = {field.name for field in dataclasses.fields(Config) if field.type is bool}
     grid, tokens = {}, list(flags)
     while tokens:
         flag, equals, value = tokens.pop(0).partition("=")
@@ -48,7 +41,7 @@ def parse_grid(flags):
         values = [None] if value is None else value.split(",")
         if "" in values:
             raise Refused(f"--{name} {shorten(value)}: an empty value")
-        if name in switches and value is not None and not set(values) <= {"true", "false"}:
+        if Config.__annotations__.get(name) is bool and not set(values) <= {None, "true", "false"}:
             raise Refused(f"--{name} {shorten(value)}: takes no value, or true and false for a grid")
         grid[name] = values
     return grid
@@ -58,18 +51,15 @@ def parse_variants(args):
     """--variant, --variants and --only -> {name: grid of single values}; {None: {}} without variants."""
     lines = list(args.variant)
     if args.variants:
-        try:
-            lines += pathlib.Path(args.variants).read_text().splitlines()
-        except (OSError, ValueError) as error:
-            raise Refused(f"--variants {args.variants}: {getattr(error, 'strerror', 'not a text')}") from None
+        lines += read_text("variants", args.variants).splitlines()
     variants = {}
-    for line in lines:
-        if not line.strip() or line.strip().startswith("#"):
+    for line in map(str.strip, lines):
+        if not line or line.startswith("#"):
             continue
         name, colon, flags = line.partition(":")
         name = name.strip()
         if not colon or not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
-            raise Refused(f"--variant {shorten(line.strip())}: must be 'name: flags', a name of letters, digits, _.+-")
+            raise Refused(f"--variant {shorten(line)}: must be 'name: flags', a name of letters, digits, _.+-")
         if name in variants:
             raise Refused(f"--variant {name}: two of that name")
         try:
@@ -78,18 +68,25 @@ def parse_variants(args):
             raise Refused(f"--variant {name}: {error}") from None
         if any(len(values) > 1 for values in variants[name].values()):
             raise Refused(f"--variant {name}: contains a grid; grids come after the --")
-    if args.only is not None:
-        for name in args.only.split(","):
-            if name not in variants:
-                raise Refused(f"--only {shorten(name)}: no such variant; there are {', '.join(variants) or 'none'}")
-        variants = {name: variants[name] for name in args.only.split(",")}
-    return variants or {None: {}}
+    chosen = list(variants) if args.only is None else args.only.split(",")
+    for name in chosen:
+        if name not in variants:
+            raise Refused(f"--only {shorten(name)}: no such variant; there are {', '.join(variants) or 'none'}")
+    return {name: variants[name] for name in chosen} or {None: {}}
+
+
+def read_text(flag, path):
+    """The text of the file that `--flag` names; `Refused` if it cannot be read."""
+    try:
+        return pathlib.Path(path).read_text()
+    except (OSError, ValueError) as error:
+        raise Refused(f"--{flag} {path}: {getattr(error, 'strerror', 'not a text')}") from None
 
 
 def combinations(variants, grid):
     """Yield (variant, values of the multi-valued flags, flags) for all variants and grid points, seed by seed."""
-    axes = sorted(grid, key=lambda name: name == "seed", reverse=True)  # the first axis varies slowest
-    several = [name for name in grid if len(grid[name]) > 1 and name not in OWN_FOLDERS | {"task"}]
+    axes = sorted(grid, key=lambda name: name != "seed")  # the first axis varies slowest
+    several = [name for name in grid if len(grid[name]) > 1 and name not in OWN_FOLDERS]
     for values in itertools.product(*(grid[name] for name in axes)):
         point = dict(zip(axes, values, strict=True))
         for variant, own in variants.items():
@@ -101,7 +98,6 @@ def combinations(variants, grid):
 
 def as_flags(point):
     """{name: value} -> a list of command-line tokens for train.py."""
-    point = dict(point)
     if "task" in point:
         domain, dash, task = (point.pop("task") or "").partition("-")
         if not dash or {"domain_name", "task_name"} & set(point):
@@ -113,19 +109,17 @@ def as_flags(point):
         point["no_tb_media"] = None  # media dominate TensorBoard's load time with many runs
     words = []
     for name, value in point.items():
-        if value in ("true", "false"):
-            words += [f"--{name}" if value == "true" else f"--no_{name}"]
+        if value in (None, "true"):
+            words.append(f"--{name}")
+        elif value == "false":
+            words.append(f"--no_{name}")
         else:
-            words += [f"--{name}"] if value is None else [f"--{name}", value]
+            words += [f"--{name}", value]
     return words
 
 
 def plan(args, flags, folder):
-    """The runs of a command; runs that `folder` already has keep their folders. Creates nothing.
-
-    Raises:
-        Refused: a run's flags are invalid, or this machine cannot run it.
-    """
+    """The runs of a command; creates nothing. `Refused` if flags are invalid or this machine cannot run with them."""
     runs, checked = {}, set()
     for variant, values, point in combinations(parse_variants(args), parse_grid(flags)):
         if point.get("seed") == "-1":
@@ -137,21 +131,24 @@ def plan(args, flags, folder):
             raise Refused(f"{error} (in variant {variant})" if variant else error) from None
         task = f"{config.domain_name}-{config.task_name}"
         differs = ",".join([variant, *values] if variant else values) or config.agent
-        run = Run(f"{differs}/{task}/s{config.seed}", words)
-        if (twin := runs.setdefault(_result(config), run)) is not run:
-            raise Refused(f"{twin.folder} and {run.folder}: the same run twice")
-        check_writable("name", str(folder / run.folder))
-        needs = {name: getattr(config, name) for name in TASK_CHECKS}
-        if (scene := (task, config.encoder_type, *needs.values())) not in checked:
-            checked.add(scene)
+        name = f"{differs}/{task}/s{config.seed}"
+        result = _result(config)
+        if result in runs:
+            raise Refused(f"{runs[result][0]} and {name}: the same run twice")
+        runs[result] = (name, words)
+        check_writable("name", str(folder / name))
+        needs = tuple(getattr(config, flag) for flag in CHECKED)
+        if needs not in checked:
+            checked.add(needs)
             dmc2gym.check_task(config)
-            if args.slurm is None and any(needs[name] not in (None, False, "auto", "cpu") for name in MACHINE):
+            uses_cuda = "cuda" in (config.device, config.replay_device)
+            if args.slurm is None and (uses_cuda or config.compile or config.wandb):
                 check_machine(config, choose_device(config.device))
-    for run in load_runs(folder):
-        result = _result(parse(run.flags))
-        if twin := runs.get(result):  # its name may differ, as an earlier grid varied fewer flags
-            runs[result] = Run(run.folder, twin.flags)
-    return list(runs.values())
+    for name, flags in load_runs(folder).items():
+        result = _result(parse(flags))
+        if result in runs:  # keep its old name, which is another if the earlier grid varied fewer flags
+            runs[result] = (name, runs[result][1])
+    return dict(runs.values())
 
 
 def _result(config):
@@ -159,46 +156,44 @@ def _result(config):
     return tuple(value for name, value in dataclasses.asdict(config).items() if name not in UNCHANGING)
 
 
-def is_over(folder, run):
-    """Whether a run is finished or has diverged.
-
-    Raises:
-        Refused: with its flags it can neither start nor resume.
-    """
+def is_over(path, flags):
+    """Whether the run in folder `path` has finished or diverged; `Refused` if it can neither start nor resume."""
     try:
-        parse_run([*run.flags, "--run_dir", str(folder / run.folder)])
+        parse_run([*flags, "--run_dir", str(path)])
     except RunEnded:
         return True
     return False
 
 
 def load_runs(folder):
-    """The runs in a folder's sweep.json."""
-    return [Run(**run) for run in load_sweep(folder)["runs"]]
+    """The runs in a folder's sweep.json: {name, the run's folder in it: flags, a list of tokens}."""
+    return {run["folder"]: run["flags"] for run in load_sweep(folder)["runs"]}
 
 
 def merge(folder, runs):
-    """The runs of a command added to those in sweep.json; removes none.
-
-    Raises:
-        Refused: sweep.json has a run with flags that give another result.
-    """
-    before = {run.folder: run.flags for run in load_runs(folder)}
-    for run in runs:
-        if run.folder in before and before[run.folder] != run.flags:
-            ours, theirs = parse(run.flags), parse(before[run.folder])
-            for name, value in dataclasses.asdict(ours).items():
-                if name not in UNCHANGING and (old := getattr(theirs, name)) != value:
-                    if name != "num_train_steps" or value < old:
-                        right = f"{folder / run.folder} was planned with {shorten(old)}; give the sweep another --name"
-                        raise Refused(f"--{name} {shorten(value)}: {right}")
-    return [Run(*item) for item in (before | dict(runs)).items()]
+    """The runs of a command added to those in sweep.json; raises `Refused` if a run there has other flags."""
+    planned = load_runs(folder)
+    for name, flags in runs.items():
+        if planned.get(name, flags) == flags:
+            continue
+        before = parse(planned[name])
+        for flag, value in dataclasses.asdict(parse(flags)).items():
+            old = getattr(before, flag)
+            grows = flag == "num_train_steps" and value > old
+            if value != old and flag not in UNCHANGING and not grows:
+                right = f"{folder / name} was planned with {shorten(old)}; give the sweep another --name"
+                raise Refused(f"--{flag} {shorten(value)}: {right}")
+    return planned | runs
 
 
 def store(folder, runs, jobs):
     """Write sweep.json and, for TensorBoard's HParams page, the flags that differ."""
-    write_json(folder / "sweep.json", {"runs": [run._asdict() for run in runs], "jobs": jobs})
-    dashboard.write_hparams_config(folder, differing([parse_grid(run.flags) for run in runs]))
+    listed = [{"folder": name, "flags": flags} for name, flags in runs.items()]
+    write_json(folder / "sweep.json", {"runs": listed, "jobs": jobs})
+    points = [parse_grid(flags) for flags in runs.values()]
+    names = dict.fromkeys(name for point in points for name in point)
+    differ = [name for name in names if any(point.get(name) != points[0].get(name) for point in points)]
+    dashboard.write_hparams_config(folder, differ)
 
 
 @contextlib.contextmanager
@@ -211,12 +206,6 @@ def locked(folder):
         yield
 
 
-def differing(points):
-    """Names of the flags that differ between these grids of single values."""
-    names = dict.fromkeys(name for point in points for name in point)
-    return [name for name in names if any(point.get(name) != points[0].get(name) for point in points)]
-
-
-def command(folder, run):
-    """A run's command, a list of tokens."""
-    return [sys.executable, str(HERE / "train.py"), *run.flags, "--run_dir", str(folder / run.folder)]
+def command(path, flags):
+    """The command that does the run in folder `path`, a list of tokens."""
+    return [sys.executable, str(HERE / "train.py"), *flags, "--run_dir", str(path)]

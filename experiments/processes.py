@@ -12,16 +12,13 @@ from rich.live import Live
 
 import endings
 import rendering
-from endings import DIVERGED, REFUSED
 from experiments.grid import command
-from experiments.status import STATES, hours, lost_console, make_console, plural, return_text, run_status, status_table
+from experiments.status import STATES, LossProofConsole, hours, plural, return_text, run_status, status_table
 from machine import available_cores
 from storage.run_folder import EXIT_CODE, OUTPUT, is_written, last_line, load_status, write_json
 
-HOST = socket.gethostname()
 ATTEMPTS = 3  # times to start a run that keeps crashing
-POLL = 0.2  # seconds between polls of the processes
-REFRESH = 2  # seconds between reads of their folders
+POLL = 1  # seconds between looks at the processes and their folders
 
 
 def job_environments(jobs):
@@ -30,21 +27,17 @@ def job_environments(jobs):
     Each run renders on its training GPU if EGL sees that GPU; in many containers only Mesa can render.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        gpus = [gpu for gpu in visible.split(",") if gpu]
-    else:
-        gpus = _installed_gpus()
+    gpus = _installed_gpus() if visible is None else [gpu for gpu in visible.split(",") if gpu]
     drawing = rendering.egl_devices() if len(gpus) > 1 else 0
-    share = {"OMP_NUM_THREADS": str(max(1, available_cores() // jobs)), **os.environ}
     for job in range(jobs):
-        place = dict(share)
+        environment = {"OMP_NUM_THREADS": str(max(1, available_cores() // jobs)), **os.environ}
         if len(gpus) > 1:
-            place["CUDA_VISIBLE_DEVICES"] = gpu = gpus[job % len(gpus)]
+            gpu = environment["CUDA_VISIBLE_DEVICES"] = gpus[job % len(gpus)]
             if gpu.isdigit():
-                place = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **place}
+                environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
                 if int(gpu) < drawing:
-                    place = {"MUJOCO_EGL_DEVICE_ID": gpu, **place}
-        yield place
+                    environment.setdefault("MUJOCO_EGL_DEVICE_ID", gpu)
+        yield environment
 
 
 def _installed_gpus():
@@ -56,152 +49,122 @@ def _installed_gpus():
         return []
 
 
-class Processes:
-    """Scheduler of a sweep's runs on this machine.
+class Scheduler:
+    """Does the runs named in `todo`, a subset of a sweep's `runs`, in at most `jobs` processes at once."""
 
-    Args:
-        folder: the sweep's folder.
-        runs: the runs to do.
-        jobs: the number of parallel runs.
-        say: function that prints a line for the user.
-    """
-
-    def __init__(self, folder, runs, jobs, say):
-        self._folder, self._say = folder, say
-        self._waiting = collections.deque(runs)
-        self._places = list(job_environments(jobs))
-        self._active = {}  # index in _places -> (run, process)
+    def __init__(self, folder, runs, todo, jobs):
+        self._folder, self._runs, self._console = folder, runs, LossProofConsole()
+        self._waiting = list(todo)
+        self._elsewhere = {}  # waiting runs that another process is writing: folder -> run.json
+        self._active = {}  # process -> (name, environment)
+        self._free = list(job_environments(jobs))  # environments that no process uses
         self._deaths = collections.Counter()
-        self.watched = set()  # folders of runs that this or another process has started
-        self.failed = []  # runs without attempts left
+        self._failed = []  # runs without attempts left
+        self._statuses = {name: run_status(folder / name) for name in runs}
 
-    def step(self):
-        """Handle exited processes and start waiting runs in their places; False when none is left."""
-        for place, (run, process) in list(self._active.items()):
+    def run(self):
+        """Do the runs and report on them; returns the exit code of the sweep."""
+        with Live(console=self._console, auto_refresh=False, transient=True) as screen:  # draws only on a terminal
+            try:
+                while self._step():
+                    self._refresh()
+                    # a small screen cuts off the end: the least urgent
+                    urgent_first = sorted(self._statuses.items(), key=lambda item: STATES.index(item[1].state))
+                    screen.update(status_table(dict(urgent_first)), refresh=True)
+                    time.sleep(POLL)
+                    endings.check_signals()  # before _step() would restart a run that the same signal stopped
+                code = 1 if self._failed else 0
+            except endings.Stopped as stop:
+                code = stop.code
+            finally:
+                self._stop()
+        self._console.print(status_table(self._statuses))
+        return code
+
+    def _step(self):
+        """Handle exited processes and start waiting runs in their place; False when all runs are done."""
+        for process in list(self._active):
             if process.poll() is not None:
-                del self._active[place]
-                self._ended(run, process.returncode)
-        free = [place for place in range(len(self._places)) if place not in self._active]
-        if free and self._waiting:
-            elsewhere = self._done_elsewhere()
-            for run in elsewhere:
-                if run.folder not in self.watched:
-                    self.watched.add(run.folder)
-                    self._say(f"{run.folder}: waiting for {self._who(run)}, which does this run already")
-            # runs that outlived a killed sweep on this host still occupy a place
-            left = [run for run in elsewhere if load_status(self._folder / run.folder).get("host") == HOST]
-            ready = [run for run in self._waiting if run not in elsewhere]
-            for place, run in zip(free[len(left) :], ready, strict=False):
-                self._waiting.remove(run)
-                self._active[place] = (run, self._start(run, self._places[place]))
+                name, environment = self._active.pop(process)
+                self._free.append(environment)
+                self._handle_exit(name, process.returncode)
+        written = [name for name in self._waiting if is_written(self._folder / name)]
+        before, self._elsewhere = self._elsewhere, {name: load_status(self._folder / name) for name in written}
+        for name, owner in self._elsewhere.items():
+            if name not in before:
+                self._console.print(f"{name}: waiting for {_process(owner)}, which does this run already")
+        # runs that outlived a killed sweep on this host still occupy its cores
+        outlived = sum(owner.get("host") == socket.gethostname() for owner in self._elsewhere.values())
+        ready = [name for name in self._waiting if name not in self._elsewhere]
+        for name in ready[: max(0, len(self._free) - outlived)]:
+            self._waiting.remove(name)
+            self._start(name, self._free.pop(0))
         return bool(self._active or self._waiting)
 
-    def _done_elsewhere(self):
-        """Waiting runs that another process is writing."""
-        return [run for run in self._waiting if is_written(self._folder / run.folder)]
-
-    def _who(self, run):
-        status = load_status(self._folder / run.folder)
-        return f"process {status['pid']} on {status['host']}" if status else "another process"
-
-    def _start(self, run, environment):
-        self.watched.add(run.folder)
-        path = self._folder / run.folder
+    def _start(self, name, environment):
+        path = self._folder / name
         path.mkdir(parents=True, exist_ok=True)
         with open(path / OUTPUT, "ab") as output:
-            # its own session: Ctrl-C and SIGHUP reach only the sweep, which then terminates its runs
-            return subprocess.Popen(
-                command(self._folder, run),
+            process = subprocess.Popen(
+                command(path, self._runs[name]),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,
+                start_new_session=True,  # Ctrl-C and SIGHUP reach only the sweep, which then terminates its runs
             )
+        self._active[process] = (name, environment)
 
-    def _ended(self, run, code):
-        path = self._folder / run.folder
+    def _handle_exit(self, name, code):
+        path = self._folder / name
         if not (path / "args.json").exists():
             with contextlib.suppress(OSError):  # a full disk must not stop the other runs
                 write_json(path / EXIT_CODE, code)
+        status = self._statuses[name] = run_status(path)
         if code == 0:
-            self._say(f"{run.folder}: finished, return {return_text(run_status(path))}")
-        elif code == DIVERGED:
-            self._say(f"{run.folder}: diverged: {run_status(path).note}")
-        elif code == REFUSED and is_written(path):
-            self._waiting.append(run)  # another sweep started it first
-            self.watched.discard(run.folder)
+            self._console.print(f"{name}: finished, return {return_text(status)}")
+        elif code == endings.DIVERGED:
+            self._console.print(f"{name}: diverged: {status.note}")
+        elif code == endings.REFUSED and is_written(path):
+            self._waiting.append(name)  # another sweep started it first
         else:
-            self._deaths[run.folder] += 1
+            self._deaths[name] += 1
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            again = code != REFUSED and self._deaths[run.folder] < ATTEMPTS
-            self._say(f"{run.folder}: {how}: {last_line(path)}; {'started again' if again else 'given up'}")
-            (self._waiting.appendleft if again else self.failed.append)(run)
+            if code != endings.REFUSED and self._deaths[name] < ATTEMPTS:
+                self._waiting.insert(0, name)
+                outcome = "started again"
+            else:
+                self._failed.append(name)
+                outcome = "given up"
+            self._console.print(f"{name}: {how}: {last_line(path)}; {outcome}")
 
-    def stop(self):
+    def _refresh(self):
+        """Read the folders of the runs in progress; report starts and evaluations where there is no live table."""
+        for name in [*(name for name, _ in self._active.values()), *self._elsewhere]:
+            before, now = self._statuses[name], run_status(self._folder / name)
+            self._statuses[name] = now
+            changed = before.state != "running" or now.last_return != before.last_return
+            if now.state == "running" and changed and not self._console.is_terminal:
+                line = f"{name}: step {now.step:,} of {now.total:,}"
+                if now.last_return is not None:
+                    line += f", return {return_text(now)}"
+                if now.seconds is not None:
+                    line += f", {hours(now.seconds)} left"
+                self._console.print(line)
+
+    def _stop(self):
         """Terminate all processes, which save checkpoints first, and wait until they exit."""
         if self._active:
-            self._say(f"stopping: saving {plural(len(self._active), 'run')}")
-        for _, process in self._active.values():
+            self._console.print(f"stopping: saving {plural(len(self._active), 'run')}")
+        for process in self._active:
             process.terminate()
-        for _, process in self._active.values():
+        for process, (name, _) in self._active.items():
             process.wait()
-        for run in self._done_elsewhere():
-            self._say(f"{run.folder}: still running in {self._who(run)}, which this sweep did not start")
+            self._statuses[name] = run_status(self._folder / name)
+        for name, owner in self._elsewhere.items():
+            self._console.print(f"{name}: still running in {_process(owner)}, which this sweep did not start")
 
 
-def run_here(folder, runs, jobs, todo):
-    """Do the runs `todo`, a subset of `runs`, on this machine; returns the exit code."""
-    console = make_console()
-
-    def say(line):
-        with lost_console():
-            console.print(line)
-
-    statuses = {run.folder: run_status(folder / run.folder) for run in runs}
-    processes = Processes(folder, todo, jobs, say)
-    code, next_look = 0, 0.0
-    screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-    if screen:
-        screen.start()
-    try:
-        while processes.step():
-            if time.monotonic() >= next_look:
-                next_look = time.monotonic() + REFRESH
-                for run in todo:
-                    if run.folder not in processes.watched or statuses[run.folder].state in ("finished", "diverged"):
-                        continue  # its logs have nothing new
-                    before, statuses[run.folder] = statuses[run.folder], run_status(folder / run.folder)
-                    if not screen and (line := _news(before, statuses[run.folder])):
-                        say(f"{run.folder}: {line}")
-                if screen:
-                    with lost_console():
-                        screen.update(status_table(_by_state(statuses)), refresh=True)
-            time.sleep(POLL)
-            endings.check_signals()  # before step() would restart a run that the same signal stopped
-        code = 1 if processes.failed else 0
-    except endings.Stopped as stop:
-        code = stop.code
-    finally:
-        processes.stop()
-        if screen:
-            with lost_console():
-                screen.stop()
-    with lost_console():
-        console.print(status_table({run.folder: run_status(folder / run.folder) for run in runs}))
-    return code
-
-
-def _news(before, now):
-    """A line about a run that has started or has a new evaluation, otherwise None."""
-    if now.state != "running" or now.last_return == before.last_return and before.state == "running":
-        return None
-    parts = [f"step {now.step:,} of {now.total:,}"]
-    parts += [f"return {return_text(now)}"] if now.last_return is not None else []
-    parts += [f"{hours(now.seconds)} left"] if now.seconds is not None else []
-    return ", ".join(parts)
-
-
-def _by_state(statuses):
-    """Statuses sorted by state, so a small screen cuts off the least urgent."""
-    return dict(sorted(statuses.items(), key=lambda item: STATES.index(item[1].state)))
+def _process(owner):
+    """The process that wrote a run.json, in words."""
+    return f"process {owner['pid']} on {owner['host']}" if owner else "another process"

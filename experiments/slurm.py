@@ -1,113 +1,45 @@
 """Runs as a Slurm job array, submitted with sbatch and queried with squeue."""
 
 import os
-import pathlib
 import shlex
 import shutil
 import subprocess
 import sys
 
 from endings import Refused
-from experiments.grid import HERE, Run, command, is_over, locked, merge, store
+from experiments.grid import HERE, command, is_over, load_runs, locked, merge, read_text, store
 from experiments.status import plural
 from storage.run_folder import load_sweep
 
 
-def fill(path, **values):
-    """The batch script at `path` with its @NAME@ placeholders replaced.
-
-    Raises:
-        Refused: the script cannot be read or lacks a placeholder, or a value has characters unsafe in a batch script.
-    """
-    try:
-        script = pathlib.Path(path).read_text()
-    except (OSError, ValueError) as error:
-        raise Refused(f"--slurm_script {path}: {getattr(error, 'strerror', 'not a text')}") from None
-    for name, value in values.items():
-        place = f"@{name.upper()}@"
-        if place not in script:
-            raise Refused(f"--slurm_script {path}: {place} is missing in it")
-        cannot = "\n" if name == "options" else '\n"$`\\' + "%" * (name == "folder")  # Slurm reads % as a number
-        if bad := set(str(value)) & set(cannot):
-            raise Refused(f"--slurm: {value} has {''.join(bad)!r} in it, which a batch script cannot hold")
-        script = script.replace(place, str(value))
-    return script
-
-
-def check():
-    """Raise `Refused` if there is no sbatch."""
-    if not shutil.which("sbatch"):
-        raise Refused("--slurm: there is no sbatch here; without --slurm the sweep runs on this machine")
-
-
-def sbatch(script):
-    """Submit a batch script; returns the job's number, a string.
-
-    Raises:
-        Refused: Slurm rejects the script; the message is Slurm's.
-    """
-    done = _run("sbatch", "--parsable", input=script)
-    if done.returncode:
-        raise _refused(done)
-    return done.stdout.strip().split(";")[0]
-
-
-def waiting_or_running(job):
-    """Indices of a job array's queued or running elements, a list of int.
-
-    Raises:
-        Refused: squeue fails.
-    """
-    done = _run("squeue", "--noheader", "--array", "--jobs", job, "--format=%K")
-    if done.returncode and "Invalid job id" not in done.stderr:  # squeue forgets jobs that ended long ago
-        raise _refused(done)
-    return [int(word) for word in done.stdout.split()]
-
-
-def _refused(done):
-    """`Refused` with a command's stderr, the last line first because it has the reason."""
-    lines = [" ".join(line.split()) for line in reversed(done.stderr.splitlines()) if line.strip()]
-    return Refused(f"--slurm: {'; '.join(lines) or f'{done.args[0]} fails without a word'}")
-
-
-def _run(*words, input=None):
-    """Run a Slurm command without the SLURM_ variables of an enclosing job."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
-    try:
-        return subprocess.run(words, input=input, capture_output=True, text=True, env=environment)
-    except FileNotFoundError:
-        raise Refused(f"--slurm: there is no {words[0]} here, and this sweep was submitted before") from None
-
-
 def submit(folder, runs, args):
     """Submit those of `runs` that are neither over nor queued; --dry_run prints them instead."""
+    if not args.dry_run and not shutil.which("sbatch"):
+        raise Refused("--slurm: there is no sbatch here; without --slurm the sweep runs on this machine")
+    script, elements = batch(folder, runs, load_sweep(folder)["jobs"], args)  # refuse before creating files
     if args.dry_run:
-        script, elements = batch(folder, runs, load_sweep(folder)["jobs"], args)
         if elements:
             print(script)
         for i, element in enumerate(elements):
-            print(f"# element {i}", *(shlex.join(command(folder, run)) for run in element), sep="\n")
-        count = sum(map(len, elements))
-        print(f"{in_elements(elements)} to submit, {len(runs) - count} over or in the queue")
+            print(f"# element {i}", *(shlex.join(command(folder / name, runs[name])) for name in element), sep="\n")
+        over = len(runs) - sum(map(len, elements))
+        print(f"{in_elements(elements)} to submit, {over} over or in the queue", file=sys.stderr)
         return
-    check()
-    batch(folder, runs, [], args)  # refuse a bad script before creating files
     is_new = not folder.exists()
     with locked(folder):
-        before = load_sweep(folder)
-        everything, jobs = merge(folder, runs), before["jobs"]
-        script, elements = batch(folder, runs, jobs, args)
-        names = [[run.folder for run in element] for element in elements]
+        before, everything, jobs = load_runs(folder), merge(folder, runs), load_sweep(folder)["jobs"]
+        script, elements = batch(folder, runs, jobs, args)  # another command may have submitted some meanwhile
         if elements:
-            store(folder, everything, [*jobs, {"id": None, "elements": names}])  # an element may start at once
+            jobs.append({"id": None, "elements": elements})
+            store(folder, everything, jobs)  # an element may start at once
             (folder / "slurm").mkdir(exist_ok=True)  # Slurm does not create it
             try:
-                jobs = [*jobs, {"id": sbatch(script), "elements": names}]
+                jobs[-1]["id"] = slurm("sbatch", "--parsable", input=script).strip().split(";")[0]
             except Refused:
-                if is_new and not before["runs"]:  # another command may have added runs meanwhile
+                if is_new and not before:  # another command may have added runs meanwhile
                     shutil.rmtree(folder)
                 else:
-                    store(folder, [Run(**run) for run in before["runs"]], jobs)
+                    store(folder, before, jobs[:-1])
                 raise
         store(folder, everything, jobs)
     if elements:
@@ -122,10 +54,13 @@ def in_elements(elements):
 
 
 def batch(folder, runs, jobs, args):
-    """The batch script for those of `runs` still to do, and its array elements, each a list of runs."""
-    submitted = [job for job in jobs if job["id"]]  # None: sweep.py was killed while it submitted
-    queued = {name for job in submitted for i in waiting_or_running(job["id"]) for name in job["elements"][i]}
-    todo = [run for run in runs if run.folder not in queued and not is_over(folder, run)]
+    """The batch script for those of `runs` still to do, and its array elements, each a list of runs' names."""
+    queued = set()
+    for job in jobs:
+        if job["id"]:  # None: sweep.py was killed while it submitted
+            indices = slurm("squeue", "--noheader", "--array", "--jobs", job["id"], "--format=%K").split()
+            queued |= {name for i in indices for name in job["elements"][int(i)]}
+    todo = [name for name, flags in runs.items() if name not in queued and not is_over(folder / name, flags)]
     elements = [todo[i : i + args.runs_per_job] for i in range(0, len(todo), args.runs_per_job)]
     script = fill(
         args.slurm_script,
@@ -139,3 +74,31 @@ def batch(folder, runs, jobs, args):
         number=len(jobs),
     )
     return script, elements
+
+
+def fill(path, **values):
+    """The batch script at `path` with its @NAME@s replaced; `Refused` if one is missing or a value is unsafe there."""
+    script = read_text("slurm_script", path)
+    for name, value in values.items():
+        place = f"@{name.upper()}@"
+        if place not in script:
+            raise Refused(f"--slurm_script {path}: {place} is missing in it")
+        cannot = "\n" if name == "options" else '\n"$`\\' + "%" * (name == "folder")  # Slurm reads % as a number
+        if bad := set(str(value)) & set(cannot):
+            raise Refused(f"--slurm: {value} has {''.join(bad)!r} in it, which a batch script cannot hold")
+        script = script.replace(place, str(value))
+    return script
+
+
+def slurm(*words, input=None):
+    """Output of a Slurm command, run without the SLURM_ variables of an enclosing job; `Refused` if it fails."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    try:
+        done = subprocess.run(words, input=input, capture_output=True, text=True, env=environment)
+    except FileNotFoundError:
+        raise Refused(f"--slurm: there is no {words[0]} here, and this sweep was submitted before") from None
+    forgotten = words[0] == "squeue" and "Invalid job id" in done.stderr  # a job that ended long ago
+    if done.returncode and not forgotten:
+        lines = done.stderr.strip().splitlines() or [f"{words[0]} failed"]
+        raise Refused(f"--slurm: {'; '.join(reversed(lines))}")  # the last line has the reason
+    return done.stdout

@@ -1,13 +1,11 @@
 """The status of runs, read from their folders alone, and a table of it."""
 
 import collections
-import contextlib
 import os
 import sys
 from typing import NamedTuple
 
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -32,63 +30,48 @@ def run_status(run):
     state, recorded = load_state(run), load_status(run)
     if not (run / "args.json").exists():
         return RunStatus("died" if state == "died" else "waiting", 0, None, None, None, last_line(run))
-    evaluations, episodes = load_rows(run, "eval.log"), load_rows(run, "train.log")
     args = load_args(run)
-    step = max(recorded.get("step", 0), evaluations[-1]["step"] if evaluations else 0)
+    evaluations = load_rows(run, "eval.log") or [{"step": 0, "episode_reward": None}]
+    step, total = max(recorded.get("step", 0), evaluations[-1]["step"]), args["num_train_steps"]
     seconds = None
-    timed = [row for row in episodes if row["step"] > args["init_steps"]][-20:]
+    timed = [row for row in load_rows(run, "train.log") if row["step"] > args["init_steps"]][-20:]
     if state == "running" and len(timed) > 1:
         pace = (timed[-1]["wall_seconds"] - timed[0]["wall_seconds"]) / (timed[-1]["step"] - timed[0]["step"])
-        seconds = pace * (args["num_train_steps"] - step)
-    note = ""
-    if state in ("stopped", "diverged"):
-        note = recorded.get("reason", "")
-    elif state == "died":
-        note = last_line(run)
-    last = evaluations[-1]["episode_reward"] if evaluations else None
-    return RunStatus(state, step, args["num_train_steps"], last, seconds, note)
+        seconds = pace * (total - step)
+    note = last_line(run) if state == "died" else recorded.get("reason", "")
+    return RunStatus(state, step, total, evaluations[-1]["episode_reward"], seconds, note)
 
 
 def status_table(statuses):
     """{name: RunStatus} as a printable table, followed by the notes and the number of runs in each state."""
-    rows = [
-        (name, s.state, f"{s.step:,} of {s.total:,}" if s.total else "", return_text(s), hours(s.seconds))
-        for name, s in statuses.items()
-    ]
-    titles = ("run", "state", "step", "return", "left")
     table = Table(box=None, pad_edge=False)
-    for i, title in enumerate(titles):
-        if i == 0:
-            table.add_column(title, overflow="fold")  # a narrow terminal wraps only the names
-        else:
-            width = max(len(row[i]) for row in [titles, *rows])
-            table.add_column(title, justify="left" if i == 1 else "right", no_wrap=True, min_width=width)
-    for row in rows:
-        table.add_row(*map(escape, row))
+    table.add_column("run", overflow="fold")  # a narrow terminal wraps only the names
+    table.add_column("state", no_wrap=True)
+    for title in ("step", "return", "left"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, s in statuses.items():
+        step = f"{s.step:,} of {s.total:,}" if s.total else ""
+        table.add_row(name, s.state, step, return_text(s), hours(s.seconds))
     notes = [Text(f"{name}: {s.note}") for name, s in statuses.items() if s.note]
     counts = collections.Counter(s.state for s in statuses.values())
     return Group(table, *notes, Text(", ".join(f"{count} {state}" for state, count in counts.items())))
 
 
-class PipeConsole(Console):
-    """A console that raises on a broken pipe, such as `| head`, where rich's own would exit the program."""
+class LossProofConsole(Console):
+    """A console on stdout that drops all output after the reader is gone, as with `| head` or a closed terminal."""
+
+    def __init__(self):
+        super().__init__(highlight=False, markup=False, width=None if sys.stdout.isatty() else 500)
+
+    def __exit__(self, *error):
+        try:
+            super().__exit__(*error)  # writes, in all of rich's methods
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def on_broken_pipe(self):
+        """Raise, where rich's own method would exit the program."""
         raise BrokenPipeError
-
-
-def make_console():
-    """A console on stdout; 500 characters wide if stdout is not a terminal."""
-    return PipeConsole(highlight=False, markup=False, width=None if sys.stdout.isatty() else 500)
-
-
-@contextlib.contextmanager
-def lost_console():
-    """Let a sweep survive the loss of its console, such as a closed terminal: drop all further output."""
-    try:
-        yield
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def return_text(status):

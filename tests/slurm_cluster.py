@@ -115,11 +115,9 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(folder, cpus=2):
-    """A `Cluster` with `cpus` CPUs, whatever the machine has; on leaving, nothing of it or of its jobs runs any more.
+    """A `Cluster` with `cpus` CPUs, whatever the machine has; `folder`, an empty one, gets its configuration and logs.
 
-    Args:
-        folder: an empty one, for configuration, state and logs.
-        cpus: of the one node.
+    On leaving, nothing of it or of its jobs runs any more.
     """
     folder, name = pathlib.Path(folder), f"test{time.time_ns()}"
     # the tests may themselves be a job of another cluster

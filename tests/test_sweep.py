@@ -21,6 +21,7 @@ import time
 import psutil
 import pytest
 from conftest import SMALL
+from rich.console import Console
 
 import rendering
 import sweep
@@ -122,9 +123,8 @@ def names(folder):
 
 
 def commands(result):
-    """The flags of each command that a dry run has printed, and its folder."""
-    lines = [line for line in result.stdout.splitlines() if "train.py" in line]
-    return [line.split("train.py ")[1].split(" --run_dir ") for line in lines]
+    """The flags of each command that a dry run has printed, and its folder; a dry run prints nothing else."""
+    return [line.split("train.py ")[1].split(" --run_dir ") for line in result.stdout.splitlines()]
 
 
 def test_commas_make_a_grid(here, call):
@@ -132,7 +132,8 @@ def test_commas_make_a_grid(here, call):
         "--name a --dry_run -- --omega_cody_loss 0.1,0.01 --task cartpole-swingup,walker-walk --seed=0,1 --save_video"
     )
     result = call("sweep.py", words)
-    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "8 runs to do, 0 over"
+    assert result.returncode == 0
+    assert result.stderr == "8 runs to do, 0 over\n"  # stdout, which parallel reads, has only commands
     assert sorted(folder for _, folder in commands(result)) == sorted(
         f"runs/a/omega_cody_loss={omega}/{task}/s{seed}"
         for omega in ("0.1", "0.01")
@@ -175,13 +176,11 @@ def test_variants(here, call, monkeypatch):
     words = [*sys.argv[1:], "--", "--batch_size", "128", "--seed", "0,1"]
     args, flags = sweep.parse_command(words)
     runs = sweep.plan(args, flags, here)
-    assert [run.folder for run in runs] == [
-        f"{name}/cartpole-swingup/s{seed}" for seed in (0, 1) for name in ("x-1", "plain", "big")
-    ]
-    sizes = [run.flags[run.flags.index("--batch_size") + 1] for run in runs]
+    assert list(runs) == [f"{name}/cartpole-swingup/s{seed}" for seed in (0, 1) for name in ("x-1", "plain", "big")]
+    sizes = [words[words.index("--batch_size") + 1] for words in runs.values()]
     assert sizes == ["128", "128", "512"] * 2  # a variant's own flags win
     args, flags = sweep.parse_command([*words[:2], "--only", "big,plain", *words[2:]])
-    assert [run.folder.split("/")[0] for run in sweep.plan(args, flags, here)] == ["big", "plain"] * 2
+    assert [name.split("/")[0] for name in sweep.plan(args, flags, here)] == ["big", "plain"] * 2
 
 
 @pytest.mark.parametrize("file", ["ablation.txt", "100k.txt"])
@@ -192,7 +191,7 @@ def test_shipped_variants(here, call, file):
         assert result.returncode == 2 and result.stderr.startswith("sweep.py: error: --update_mode joint: ")
         assert result.stderr.endswith(" (in variant state)\n")
     result = call("sweep.py", f"--name a --dry_run --variants {ROOT / 'experiments' / file}")
-    assert result.stdout.splitlines()[-1] == f"{len(lines)} runs to do, 0 over"
+    assert len(commands(result)) == len(lines) and result.stderr == f"{len(lines)} runs to do, 0 over\n"
 
 
 @pytest.mark.parametrize(
@@ -224,6 +223,7 @@ def test_shipped_variants(here, call, file):
         ("--name a -- --omga_cody_loss 0.1,1", "unrecognized flag --omga_cody_loss; the nearest is --omega_cody_loss"),
         ("--name a -- --omega_cody_loss 0.1,", "--omega_cody_loss 0.1,: an empty value"),
         ("--name a -- --omega_cody_loss 0.1,0.10", "omega_cody_loss=0.1/cartpole-swingup/s1 and omega_cody_loss=0.10/"),
+        ("--name a -- --seed 1,1", "cody_sac/cartpole-swingup/s1 and cody_sac/cartpole-swingup/s1: the same run twice"),
         ("--name a -- --seed 1 --seed 2", "--seed: given twice; values with commas between them make a grid"),
         ("--name a -- --seed -1", "--seed -1: the seeds of a sweep are names of folders; give them"),
         ("--name a -- seed 1", "seed: flags of train.py and their values come after the --"),
@@ -376,12 +376,13 @@ def test_runs_that_a_killed_sweep_has_left_behind(here, start):
     process.wait()
     stopped = start(*command)
     process = start(*command)
-    time.sleep(3)
-    stopped.send_signal(signal.SIGTERM)
     pid = load_status(first)["pid"]
     who = f"cody_sac/cartpole-swingup/s5: {{}} process {pid} on {socket.gethostname()}, which {{}}\n"
+    for each in (stopped, process):
+        assert each.stdout.readline() == who.format("waiting for", "does this run already")
+    time.sleep(2 * processes.POLL)
+    stopped.send_signal(signal.SIGTERM)
     said = stopped.communicate(timeout=30)[0]
-    assert who.format("waiting for", "does this run already") in said
     assert who.format("still running in", "this sweep did not start") in said
     assert load_state(here / "cody_sac/cartpole-swingup/s0") == "missing" and load_state(first) == "running"
     assert (first / "times").read_text().count("\n") == 1
@@ -435,7 +436,7 @@ def test_a_full_disk_under_a_run_that_cannot_begin_stops_no_other(here, call, mo
 
 
 def test_only_runs_that_change_are_read(here, call, monkeypatch):
-    """Logs of many finished runs, read every two seconds, would keep a core busy."""
+    """Logs of many finished runs, read every second, would keep a core busy."""
     seen, real = [], status.run_status
 
     def noted(run):
@@ -443,7 +444,7 @@ def test_only_runs_that_change_are_read(here, call, monkeypatch):
         return real(run)
 
     monkeypatch.setattr(processes, "run_status", noted)
-    monkeypatch.setattr(processes, "REFRESH", 0)
+    monkeypatch.setattr(processes, "POLL", 0.2)
     assert call("sweep.py", "--name a --jobs 2 -- --seed 20,21,7").returncode == 0
     for seed in (20, 21):  # when it ends, in the table that is drawn next, and in the last one
         assert seen.count((f"s{seed}", "finished")) <= 3
@@ -515,9 +516,9 @@ def test_the_batch_script(here, call, cluster, monkeypatch):
     assert done.returncode == 0 and done.stdout.startswith("job 17: 3 runs in 3 elements")
     script = (cluster / "script").read_text()
     assert dry.stdout.startswith(script)
-    commands_of, count = dry.stdout.removeprefix(script).strip().rsplit("\n", 1)
+    commands_of = dry.stdout.removeprefix(script).strip()
     assert commands_of.count("train.py ") == 3 and commands_of.splitlines()[4:5] == ["# element 2"]
-    assert count == "3 runs in 3 elements to submit, 0 over or in the queue"
+    assert dry.stderr == "3 runs in 3 elements to submit, 0 over or in the queue\n"
     assert not re.search("@[A-Z_]+@", script)
     for line in (
         '--job-name="a"',
@@ -591,17 +592,16 @@ def test_a_reader_that_goes_away(here, start):
     process.stdout.close()
     assert process.wait(timeout=60) == 0
     assert [load_state(run) for run in find_runs(here)] == ["finished"] * 3
-    for flags in ("--status runs/a", "--name b --dry_run -- --seed 0,1,2"):
+    for flags, said in (("--status runs/a", ""), ("--name b --dry_run -- --seed 0,1,2", "3 runs to do, 0 over\n")):
         process = start(*flags.split(), stderr=subprocess.PIPE)
         process.stdout.close()
-        assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
+        assert process.wait(timeout=60) == 0 and process.stderr.read() == said
 
 
 def test_a_narrow_terminal(capsys):
     """The names are wrapped, what is said of them is whole."""
     run = status.RunStatus("finished", 63_000, 63_000, 1000.0, None, "")
-    console = status.PipeConsole(width=60)
-    console.print(
+    Console(width=60).print(
         status.status_table({f"omega_cody_loss=0.0{k},cody_lr=1e-4/ball_in_cup-catch/s1": run for k in (1, 2)})
     )
     lines = capsys.readouterr().out.splitlines()
