@@ -25,12 +25,10 @@ def check_task(config):
     """
     before = os.environ.get("MUJOCO_GL")
     os.environ["MUJOCO_GL"] = DRAWING_OFF[0]
-    try:
-        importlib.import_module("dm_control.suite")
-    finally:
-        del os.environ["MUJOCO_GL"]
-        if before is not None:
-            os.environ["MUJOCO_GL"] = before
+    importlib.import_module("dm_control.suite")
+    del os.environ["MUJOCO_GL"]
+    if before is not None:
+        os.environ["MUJOCO_GL"] = before
     physics = _load(config.domain_name, config.task_name).physics
     if config.encoder_type != "identity" or config.save_video:
         _camera(physics, config.domain_name, config.task_name, config.camera_id)
@@ -38,7 +36,7 @@ def check_task(config):
         _check_size(physics, config.pre_transform_image_size, config.pre_transform_image_size)
 
 
-def _load(domain_name, task_name, **kwargs):
+def _load(domain_name, task_name, *arguments):
     """dm_control's suite.load; for an unknown name raises `Refused` with the nearest real ones."""
     from dm_control import suite
 
@@ -49,7 +47,7 @@ def _load(domain_name, task_name, **kwargs):
         same_domain = [task for task in tasks if task.split()[0] == domain_name]
         names = ", ".join(dict.fromkeys(near + same_domain))
         raise Refused(f"--domain_name {domain_name} --task_name {task_name}: no such task; the nearest are {names}")
-    return suite.load(domain_name, task_name, **kwargs)
+    return suite.load(domain_name, task_name, *arguments)
 
 
 def _camera(physics, domain_name, task_name, camera_id):
@@ -73,25 +71,14 @@ def _check_size(physics, height, width):
 class DMCEnv(gymnasium.Env):
     """A dm_control suite task as a Gymnasium environment.
 
-    Actions are float32 in [-1, 1]. Observations are uint8 images, or the float64 state, flattened in the order of
-    the task's observation dictionary. `info` holds the task's `discount`.
+    Actions are float32 in [-1, 1]. Observations are uint8 images of (3, height, width), or (height, width, 3) without
+    `channels_first`; without `from_pixels` they are the float64 state, flattened in the order of the task's observation
+    dictionary. `info` holds the task's `discount`.
 
-    Args:
-        domain_name, task_name: the suite's names.
-        seed: seed of the task's random state.
-        visualize_reward: whether to colour the geometry by reward; not with `from_pixels`, since the agent would see
-            the reward. (dmc2gym's default is True.)
-        from_pixels: whether to observe images instead of the flattened state.
-        height, width: image size in pixels.
-        camera_id: camera for observations and `render`; -1 is MuJoCo's free camera. None: the task's usual one.
-        frame_skip: physics control steps per `step`, which sums their rewards.
-        episode_length: control steps per episode, so `ceil(episode_length / frame_skip)` calls of `step`.
-        environment_kwargs: arguments for dm_control's `Environment`.
-        time_limit: seconds of simulated time. None: the task's own.
-        channels_first: whether images are (3, height, width) or (height, width, 3).
-
-    Raises:
-        Refused: unknown task or camera, no usable rendering backend, an image too large to render.
+    One `step` takes `frame_skip` control steps and sums their rewards; an episode has `episode_length` control steps.
+    `time_limit` is in seconds of simulated time; None is the task's own. Camera -1 is MuJoCo's free camera, None the
+    task's usual one. Raises `Refused` if the task or camera is unknown, the image is too large to render, or no
+    rendering backend works.
     """
 
     def __init__(
@@ -116,13 +103,7 @@ class DMCEnv(gymnasium.Env):
         task_kwargs = {"random": seed}
         if time_limit is not None:
             task_kwargs["time_limit"] = time_limit
-        self._env = _load(
-            domain_name,
-            task_name,
-            task_kwargs=task_kwargs,
-            environment_kwargs=environment_kwargs,
-            visualize_reward=visualize_reward,
-        )
+        self._env = _load(domain_name, task_name, task_kwargs, environment_kwargs, visualize_reward)
         self._physics_error = importlib.import_module("dm_control.rl.control").PhysicsError
         self._from_pixels = from_pixels
         self._height, self._width = height, width
@@ -145,10 +126,8 @@ class DMCEnv(gymnasium.Env):
             size = sum(int(np.prod(s.shape)) for s in self._env.observation_spec().values())
             self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)
         self.render_mode = "rgb_array"
-        self.metadata = {
-            "render_modes": ["rgb_array"],
-            "render_fps": 1.0 / (self._env.control_timestep() * frame_skip),  # simulated time
-        }
+        step_seconds = self._env.control_timestep() * frame_skip  # simulated time
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 1.0 / step_seconds}
 
     @property
     def physics(self):
@@ -160,9 +139,7 @@ class DMCEnv(gymnasium.Env):
         super().reset(seed=seed)
         if seed is not None:
             self._env.task.random.seed(seed)
-        self._begin()
-        time_step = self._env.reset()
-        self._observation = self._observe(time_step)
+        self._observation = self._observe(self._begin())
         return self._observation, {"discount": 1.0}
 
     def step(self, action):
@@ -175,27 +152,27 @@ class DMCEnv(gymnasium.Env):
             raise gymnasium.error.ResetNeeded("call reset() before step(), and after each episode")
         try:
             time_step, reward = self._advance(action)
-            observation = self._observe(time_step)
+            self._observation = self._observe(time_step)
         except self._physics_error as error:
             self._over = True
             return self._observation, 0.0, False, True, {"discount": 1.0, "physics_error": " ".join(str(error).split())}
         terminated = time_step.last() and time_step.discount == 0
         truncated = not terminated and (time_step.last() or len(self._actions) >= self._max_steps)
         self._over = terminated or truncated
-        self._observation = observation
-        return observation, reward, terminated, truncated, {"discount": time_step.discount}
+        return self._observation, reward, terminated, truncated, {"discount": time_step.discount}
 
     def _begin(self):
-        """Record, before the task resets, the random state from which the episode can be replayed."""
+        """Start an episode and keep the random state from which it can be replayed; returns the first time step."""
         self._random = self._env.task.random.get_state()
         self._actions = []
         self._over = False
+        return self._env.reset()
 
     def _advance(self, action):
         """Take the control steps of one `step`; returns the last time step and the summed reward."""
-        self._actions.append(np.array(action, np.float64))
-        fraction = (self._actions[-1] + 1) / 2
-        action = self._action_low + fraction * (self._action_high - self._action_low)
+        action = np.array(action, np.float64)
+        self._actions.append(action.tolist())
+        action = self._action_low + (action + 1) / 2 * (self._action_high - self._action_low)
         reward = 0.0
         for _ in range(self._frame_skip):
             time_step = self._env.step(action)
@@ -207,33 +184,25 @@ class DMCEnv(gymnasium.Env):
     def state_dict(self):
         """State of the episode: the task's random state before it, and its actions so far."""
         kind, keys, *rest = self._random
-        actions = [action.tolist() for action in self._actions]
-        return {"random": [kind, keys.tolist(), *rest], "actions": actions, "over": self._over}
+        return {"random": [kind, keys.tolist(), *rest], "actions": self._actions.copy(), "over": self._over}
 
     def load_state_dict(self, state, observation):
         """Restore the result of `state_dict` by replaying the episode's actions, without rendering.
 
-        Copying the physics' state would not suffice: some tasks keep their targets in the model.
-
-        Args:
-            state: result of `state_dict`.
-            observation: the last observation; a renderer need not draw the same image twice.
+        Copying the physics' state would not suffice, since some tasks keep their targets in the model. `observation` is
+        the last one: a renderer need not draw the same image twice.
         """
-        kind, keys, *rest = state["random"]
-        self._env.task.random.set_state((kind, np.array(keys, np.uint32), *rest))
+        self._env.task.random.set_state(state["random"])
         self._begin()
-        self._env.reset()
         with contextlib.suppress(self._physics_error):  # raised by the last action
             for action in state["actions"]:
                 self._advance(action)
         self._over = state["over"]
         self._observation = observation
 
-    def render(self, height=None, width=None, camera_id=None):
+    def render(self, height=None, width=None):
         """RGB image (height, width, 3), uint8, of the current state."""
-        return self._env.physics.render(
-            height or self._height, width or self._width, self._camera_id if camera_id is None else camera_id
-        )
+        return self.physics.render(height or self._height, width or self._width, self._camera_id)
 
     def _observe(self, time_step):
         if not self._from_pixels:

@@ -20,31 +20,28 @@ _received = []
 
 
 class Ending(Exception):
-    """Ends the command with a line on stderr and an exit code.
-
-    Args:
-        line: one line for the user.
-        code: exit code; None: the class's.
+    """Ends the command with a line on stderr, in the class's `form`, and an exit code, the class's if `code` is None.
 
     A run that has started records `state` in run.json.
     """
 
-    code, state = 1, "stopped"
+    code, state, form = 1, "stopped", "{command}: {line}"
 
     def __init__(self, line, code=None):
         super().__init__(line)
-        if code is not None:
-            self.code = code
+        self.code = self.code if code is None else code
 
 
 class Refused(Ending):
     """Invalid input: the line names the flag or file, its value, and what would be right."""
 
-    code = REFUSED
+    code, form = REFUSED, "{command}: error: {line}"
 
 
 class Stopped(Ending):
     """The run stops between two decisions, where it can save a checkpoint; the line is the reason, such as SIGTERM."""
+
+    form = "{command}: stopped by {line} before it began"
 
 
 class Diverged(Ending):
@@ -56,6 +53,8 @@ class Diverged(Ending):
 class RunEnded(Ending):
     """The run ended, in this process or an earlier one; the line names its folder."""
 
+    form = "{line}"
+
 
 # exceptions that a command's main handles; all others are bugs and keep their traceback
 EXPECTED = (Ending, OSError, MemoryError, KeyboardInterrupt)
@@ -63,20 +62,15 @@ EXPECTED = (Ending, OSError, MemoryError, KeyboardInterrupt)
 
 def end(error):
     """Exit with the line and the exit code of one of the `EXPECTED` exceptions."""
-    command, line = os.path.basename(sys.argv[0]), " ".join(str(error).split())
-    code = getattr(error, "code", 1)
     if isinstance(error, KeyboardInterrupt):
-        sys.exit(130)
-    if isinstance(error, Refused):
-        line = f"{command}: error: {line}"
-        line = line if len(line) <= LINE else line[: LINE - 3] + "..."
-    elif isinstance(error, Stopped):
-        line = f"{command}: stopped by {line} before it began"
-    elif not isinstance(error, RunEnded):
-        line = f"{command}: {line}"
+        sys.exit(EXIT_CODES[signal.SIGINT])
+    ending = error if isinstance(error, Ending) else Ending(error)
+    line = ending.form.format(command=os.path.basename(sys.argv[0]), line=" ".join(str(ending).split()))
+    if isinstance(ending, Refused) and len(line) > LINE:
+        line = line[: LINE - 3] + "..."
     with contextlib.suppress(OSError):  # stderr may be closed
         print(line, file=sys.stderr, flush=True)
-    sys.exit(code)
+    sys.exit(ending.code)
 
 
 def listen():

@@ -5,9 +5,9 @@ and frames are the same, so a run gives the same numbers with either.
 """
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
-import pathlib
 import subprocess
 import sys
 from multiprocessing.connection import Connection
@@ -25,30 +25,6 @@ EVAL_WORKERS = 4  # maximum number of processes for one run's evaluation
 PHYSICS_ERRORS = 10  # consecutive episodes with diverged physics that stop a run
 
 
-def make_env(config, seed):
-    """The config's task, with observations (3 * frame_stack, size, size) uint8 that repeat the first frame at reset.
-
-    With the identity encoder, observations are the stacked states, (n,) float32.
-    """
-    size = config.pre_transform_image_size
-    env = dmc2gym.make(
-        config.domain_name,
-        config.task_name,
-        seed=seed,
-        from_pixels=config.encoder_type != "identity",
-        height=size,
-        width=size,
-        camera_id=config.camera_id,
-        frame_skip=config.action_repeat,
-    )
-    env = FrameStackObservation(env, config.frame_stack, padding_type="reset")
-    stack = env.observation_space  # (frame_stack, *frame)
-    shape = (stack.shape[0] * stack.shape[1], *stack.shape[2:])
-    dtype = np.uint8 if stack.dtype == np.uint8 else np.float32
-    space = gymnasium.spaces.Box(stack.low.min(), stack.high.max(), shape, dtype)
-    return TransformObservation(env, lambda obs: obs.reshape(shape).astype(dtype, copy=False), space)
-
-
 class Restorable:
     """Mixin to save and restore an environment's state, including the generator of its random actions."""
 
@@ -61,21 +37,36 @@ class Restorable:
 
     def load_state_dict(self, state):
         """Restore the result of `state_dict` by replaying the episode's actions, without rendering."""
-        self.restore(state["episode"], state["obs"].numpy())
+        self.obs = state["obs"].numpy()
+        self.restore(state["episode"], self.obs)
         self.action_space.np_random.bit_generator.state = state["sampling"]
 
 
 class SerialEnv(Restorable):
-    """An environment of `make_env` in this process.
+    """The config's task in this process.
 
-    `observation_space`, `action_space` and `metadata` are the environment's; `obs` is the last observation.
+    Observations (3 * frame_stack, size, size) uint8 repeat the first frame at reset. With the identity encoder they are
+    the stacked states, (n,) float32. `obs` is the last one.
     """
 
     def __init__(self, config, seed):
-        self._env = make_env(config, seed)
-        self.observation_space, self.action_space = self._env.observation_space, self._env.action_space
-        self.metadata = self._env.metadata
-        self.obs = None  # the last observation
+        env = dmc2gym.make(
+            config.domain_name,
+            config.task_name,
+            seed=seed,
+            from_pixels=config.encoder_type != "identity",
+            height=config.pre_transform_image_size,
+            width=config.pre_transform_image_size,
+            camera_id=config.camera_id,
+            frame_skip=config.action_repeat,
+        )
+        env = FrameStackObservation(env, config.frame_stack, padding_type="reset")
+        stack = env.observation_space  # (frame_stack, *frame)
+        shape = (stack.shape[0] * stack.shape[1], *stack.shape[2:])
+        dtype = np.uint8 if stack.dtype == np.uint8 else np.float32
+        space = gymnasium.spaces.Box(stack.low.min(), stack.high.max(), shape, dtype)
+        self._env = TransformObservation(env, lambda obs: obs.reshape(shape).astype(dtype, copy=False), space)
+        self.observation_space, self.action_space, self.metadata = space, env.action_space, env.metadata
         self._physics_errors = 0  # in a row
 
     def reset(self, seed=None):
@@ -90,15 +81,13 @@ class SerialEnv(Restorable):
     def finish(self):
         """The step's observation, reward, terminated and truncated; the observation is None if the physics diverged.
 
-        Raises:
-            Ending: the physics diverged in `PHYSICS_ERRORS` episodes in a row.
+        Raises `Ending` if it diverged in `PHYSICS_ERRORS` episodes in a row.
         """
         obs, reward, terminated, truncated, info = self._env.step(self._action)
         if "physics_error" in info:
             self._physics_errors += 1
             if self._physics_errors == PHYSICS_ERRORS:
-                reason = info["physics_error"]
-                raise Ending(f"the physics diverged in {PHYSICS_ERRORS} episodes in a row: {reason}")
+                raise Ending(f"the physics diverged in {PHYSICS_ERRORS} episodes in a row: {info['physics_error']}")
             return None, reward, terminated, truncated
         if terminated or truncated:
             self._physics_errors = 0
@@ -116,7 +105,6 @@ class SerialEnv(Restorable):
         self._env.unwrapped.load_state_dict(episode_state["steps"], frames[-1])
         stack.obs_queue.extend(frames)  # pushes older frames out
         self._physics_errors = episode_state["physics_errors"]
-        self.obs = obs
 
     def draw(self, height, width):
         """RGB image (height, width, 3), uint8, of the current state; not between `start` and `finish`."""
@@ -132,41 +120,36 @@ class WorkerEnv(Restorable):
 
     The worker exits when this process does, even if killed, and does not receive signals from a cluster or terminal.
     (Gymnasium's AsyncVectorEnv prints a traceback in each case.) Several workers start in parallel: the constructor
-    returns at once, and the first use of each waits until it is ready.
-
-    Raises, from any method:
-        Ending: the environment raised it, or the worker died.
+    returns at once, and the first use of each waits until it is ready. Any method may raise `Ending`: the environment
+    raised it, or the worker died.
     """
 
     def __init__(self, config, seed):
         rendering.select_gl_backend(required=config.encoder_type != "identity")  # all workers inherit it
         self._pipe, theirs = multiprocessing.Pipe()
         with theirs, signals_kept_from_children():
-            command = [sys.executable, str(pathlib.Path(__file__).resolve()), str(theirs.fileno())]
+            command = [sys.executable, __file__, str(theirs.fileno())]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
-        self._send((config, seed))
-        self._spaces = None
-        self.obs = None  # the last observation
+        self._send(config, seed)
 
-    @property
+    @functools.cached_property
     def observation_space(self):
-        return self._described()[0]
+        return self._call("observation_space")
 
-    @property
+    @functools.cached_property
     def action_space(self):
-        return self._described()[1]
+        return self._call("action_space")
 
-    @property
+    @functools.cached_property
     def metadata(self):
-        return self._described()[2]
+        return self._call("metadata")
 
     def reset(self, seed=None):
         self.obs = self._call("reset", seed)
         return self.obs
 
     def start(self, action):
-        self._described()
-        self._send(("step", action))
+        self._send("start", action)
 
     def finish(self):
         result = self._receive()
@@ -178,7 +161,6 @@ class WorkerEnv(Restorable):
 
     def restore(self, episode_state, obs):
         self._call("restore", episode_state, obs)
-        self.obs = obs
 
     def draw(self, height, width):
         return self._call("draw", height, width)
@@ -187,18 +169,11 @@ class WorkerEnv(Restorable):
         self._pipe.close()
         self._process.wait()
 
-    def _described(self):
-        """(observation_space, action_space, metadata), from the worker's first message."""
-        if self._spaces is None:
-            self._spaces = self._receive()
-        return self._spaces
-
     def _call(self, *message):
-        self._described()
-        self._send(message)
+        self._send(*message)
         return self._receive()
 
-    def _send(self, message):
+    def _send(self, *message):
         with contextlib.suppress(OSError):  # the worker is dead; `_receive` raises
             self._pipe.send(message)
 
@@ -221,14 +196,12 @@ def work(pipe):
         importlib.import_module("dm_control.suite")  # with the backend chosen by the caller
         try:
             env = SerialEnv(config, seed)
-            pipe.send((env.observation_space, env.action_space, env.metadata))
             while True:
-                method, *arguments = pipe.recv()
-                if method == "step":
-                    env.start(*arguments)
-                    pipe.send(env.finish())
-                else:
-                    pipe.send(getattr(env, method)(*arguments))
+                name, *arguments = pipe.recv()  # of a method or an attribute
+                answer = getattr(env, name)
+                if callable(answer):
+                    answer = answer(*arguments)
+                pipe.send(env.finish() if name == "start" else answer)
         except Ending as error:
             pipe.send(error)
 

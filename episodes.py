@@ -18,34 +18,32 @@ def evaluate(envs, agent, num_episodes, seed, record_video, message, check=lambd
     The frames are a list of (VIDEO_SIZE, VIDEO_SIZE, 3) uint8, empty without `record_video`. `message` prints a line
     for the user; `check` is called at each decision and may raise.
     """
-    returns = [0.0] * num_episodes
-    frames = []
-    waiting = iter(range(num_episodes))
+    returns, frames, playing = [0.0] * num_episodes, [], []
+    waiting = list(range(num_episodes))
 
     def begin(env):
-        """Start the next episode in `env`: [(env, episode)], or [] if none is left."""
-        for episode in waiting:
+        """Start the next episode in `env`, if one is left."""
+        if waiting:
+            episode = waiting.pop(0)
             env.start(agent.act(env.reset(seed=(seed + episode) % 2**32), sample=False))
-            return [(env, episode)]
-        return []
+            playing.append((env, episode))
 
-    playing = [pair for env in envs for pair in begin(env)]
+    for env in envs:
+        begin(env)
     while playing:
         check()
-        still = []
-        for env, episode in playing:
-            obs, reward, terminated, truncated = env.finish()
-            returns[episode] += reward
-            if obs is None:
-                message(f"warning: the physics diverged in evaluation episode {episode}, which ends there")
-            elif record_video and episode == 0:
-                frames.append(env.draw(VIDEO_SIZE, VIDEO_SIZE))
-            if terminated or truncated:
-                still += begin(env)
-            else:
-                env.start(agent.act(obs, sample=False))
-                still.append((env, episode))
-        playing = still
+        env, episode = playing.pop(0)
+        obs, reward, terminated, truncated = env.finish()
+        returns[episode] += reward
+        if obs is None:
+            message(f"warning: the physics diverged in evaluation episode {episode}, which ends there")
+        elif record_video and episode == 0:
+            frames.append(env.draw(VIDEO_SIZE, VIDEO_SIZE))
+        if terminated or truncated:
+            begin(env)
+        else:
+            env.start(agent.act(obs, sample=False))
+            playing.append((env, episode))
     return returns, frames
 
 

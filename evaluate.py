@@ -57,9 +57,7 @@ def run():
 
     message = functools.partial(print, file=sys.stderr)
     try:
-        returns, frames = evaluate(
-            envs, agent, args.num_eval_episodes, eval_seed(config), args.video is not None, message
-        )
+        returns, frames = evaluate(envs, agent, args.num_eval_episodes, eval_seed(config), bool(args.video), message)
     except (FloatingPointError, Ending) as error:
         raise RunEnded(f"{args.run}: stopped: {error}", 1) from None
     row = {"step": step, "env_step": step * config.action_repeat, **summary(returns), "returns": returns}

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import statistics
-import time
+import timeit
 
 import psutil
 
@@ -20,67 +20,52 @@ def keep_freed_memory():
     By default glibc maps each large tensor afresh and its pages fault one by one, which on CPU costs more than the
     arithmetic on the tensor.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
         return
     m_trim_threshold, m_mmap_threshold = -1, -3
-    if mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 1 << 25):  # older versions accept 32 MB at most
-        mallopt(m_trim_threshold, (1 << 31) - 1)
+    # older versions accept 32 MB at most
+    if libc.mallopt(m_mmap_threshold, 1 << 30) or libc.mallopt(m_mmap_threshold, 1 << 25):
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def control_groups(controller, root="/"):
-    """Folders of the control groups that limit this process, innermost first.
-
-    Args:
-        controller: "memory" or "cpu".
-        root: parent of /proc and /sys.
+    """Folders of the control groups whose `controller`, "memory" or "cpu", limits this process, innermost first.
 
     In a container or a Slurm step, /proc may give the group's path as seen from outside the namespace. Some of the
-    folders then do not exist; those that do still limit the process.
+    folders then do not exist; those that do still limit the process. `root` is the parent of /proc and /sys.
     """
     root = pathlib.Path(root)
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
     groups = []
-    for _, controllers, path in (line.split(":", 2) for line in lines):
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        group = pathlib.PurePosixPath(path.strip("/"))
         if not controllers:  # version 2
-            top = root / "sys/fs/cgroup"
+            groups += [root / "sys/fs/cgroup" / folder for folder in (group, *group.parents)]
         elif controller in controllers.split(","):  # version 1
-            top = root / "sys/fs/cgroup" / controller
-        else:
-            continue
-        group = top / path.strip("/")
-        while group != top:
-            groups.append(group)
-            group = group.parent
-        groups.append(top)
+            groups += [root / "sys/fs/cgroup" / controller / folder for folder in (group, *group.parents)]
     return groups
 
 
-def _numbers(path):
-    """Whitespace-separated fields of a control group's file, numbers as int; None without the file."""
+def _read(path):
+    """Text of a file in /proc or /sys, empty without the file."""
     try:
-        return [int(word) if word.lstrip("-").isdigit() else word for word in path.read_text().split()]
+        return path.read_text().strip()
     except OSError:
-        return None
+        return ""
 
 
 def available_memory(root="/"):
     """Bytes that this process can still allocate: the system's, or its control groups' if less."""
     available = psutil.virtual_memory().available
     for group in control_groups("memory", root):
-        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            limit, usage = _numbers(group / limit), _numbers(group / usage)
-            if not limit or not usage or limit == ["max"]:
-                continue
-            statistic = _numbers(group / "memory.stat") or []
-            named = dict(zip(statistic[::2], statistic[1::2], strict=False))
+        limit = _read(group / "memory.max") or _read(group / "memory.limit_in_bytes")
+        usage = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes")
+        if usage and limit and limit != "max":
+            counters = dict(line.split() for line in _read(group / "memory.stat").splitlines())
             # the kernel reclaims file cache
-            cache = named.get("total_inactive_file", named.get("inactive_file", 0))
-            available = min(available, max(0, limit[0] - usage[0] + cache))
+            cache = counters.get("total_inactive_file", counters.get("inactive_file", 0))
+            available = min(available, max(0, int(limit) - int(usage) + int(cache)))
     return available
 
 
@@ -88,12 +73,11 @@ def available_cores(root="/"):
     """Number of cores in this process's affinity mask, at most its control groups' quota, rounded up."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in control_groups("cpu", root):
-        quota, period = _numbers(group / "cpu.max") or ("max", 0)
+        quota, period = (_read(group / "cpu.max") or "max 0").split()
         if quota == "max":
-            (quota,) = _numbers(group / "cpu.cfs_quota_us") or (-1,)
-            (period,) = _numbers(group / "cpu.cfs_period_us") or (0,)
-        if quota > 0 and period > 0:
-            cores = min(cores, math.ceil(quota / period))
+            quota, period = _read(group / "cpu.cfs_quota_us") or -1, _read(group / "cpu.cfs_period_us")
+        if int(quota) > 0:
+            cores = min(cores, math.ceil(int(quota) / int(period)))
     return cores
 
 
@@ -104,24 +88,20 @@ def limit_threads():
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
 
 
-def bf16_time_ratio(batch=8, repeats=3):
+def bf16_time_ratio():
     """Ratio of bfloat16 to float32 time for one of the default encoder's convolutions, forward and backward, on CPU.
 
     Below 1 on processors with fast bfloat16, up to 80 on others; draws no random numbers.
     """
     import torch
 
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(batch, 32, 39, 39).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    def seconds(dtype):
+        x = torch.ones(8, 32, 39, 39).to(dtype, memory_format=torch.channels_last).requires_grad_()
         weight = torch.ones(32, 32, 3, 3).to(dtype, memory_format=torch.channels_last).requires_grad_()
-        taken = []
-        for _ in range(1 + repeats):
-            start = time.perf_counter()
-            torch.conv2d(x, weight).sum().backward()
-            taken.append(time.perf_counter() - start)
-        times[dtype] = statistics.median(taken[1:])  # the first is a warm-up
-    return times[torch.bfloat16] / times[torch.float32]
+        taken = timeit.repeat(lambda: torch.conv2d(x, weight).sum().backward(), number=1, repeat=4)
+        return statistics.median(taken[1:])  # the first is a warm-up
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
 def choose_device(name):

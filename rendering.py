@@ -17,18 +17,11 @@ def select_gl_backend(required=True):
     """Choose a rendering backend, set `MUJOCO_GL` to it and return its name; call before importing dm_control.
 
     If `MUJOCO_GL` is unset, EGL is tried first, then OSMesa (on Linux), or GLFW (elsewhere). Each try is a process
-    of its own, since a backend that fails half-way leaves PyOpenGL bound to it.
-
-    Args:
-        required: whether anything will be rendered; if not, rendering is off when no backend works.
-
-    Raises:
-        Refused: rendering is required and no backend works.
+    of its own, since a backend that fails half-way leaves PyOpenGL bound to it. If none works, this switches rendering
+    off; if rendering is `required`, it raises `Refused`.
     """
     if "dm_control" in sys.modules:  # too late to choose
-        from dm_control import _render
-
-        return _render.BACKEND
+        return importlib.import_module("dm_control._render").BACKEND
     # Mesa's software renderer and triton each bring an LLVM of their own. A process that loads Mesa's first (as it
     # imports dm_control) dies with a segmentation fault when torch, sooner or later, imports triton; the other order
     # works.
@@ -36,10 +29,10 @@ def select_gl_backend(required=True):
         importlib.import_module("triton")
     asked = os.environ.get("MUJOCO_GL", "").lower()
     candidates = [asked] if asked else ["egl", "osmesa"] if sys.platform == "linux" else ["glfw"]
-    able = [backend for backend in candidates if backend not in DRAWING_OFF and renderer(backend)][:1]
-    if required and not able:
+    works = next((backend for backend in candidates if backend not in DRAWING_OFF and renderer(backend)), None)
+    if required and not works:
         raise Refused(_why_nothing_draws(asked, candidates))
-    os.environ["MUJOCO_GL"] = (able or DRAWING_OFF)[0]
+    os.environ["MUJOCO_GL"] = works or DRAWING_OFF[0]
     os.environ.pop("PYOPENGL_PLATFORM", None)  # as in the probe
     return os.environ["MUJOCO_GL"]
 
@@ -52,18 +45,20 @@ def _why_nothing_draws(asked, candidates):
     if not packages:
         return f"MUJOCO_GL={asked}: cannot render; use one of {', '.join(DEBIAN_PACKAGES)}"
     device = os.environ.get("MUJOCO_EGL_DEVICE_ID")
-    if device is not None and "egl" in candidates:
-        if there := egl_devices():
-            devices = ", ".join(map(str, range(there)))
-            return f"MUJOCO_EGL_DEVICE_ID={device}: cannot render on that device; the devices here: {devices}"
+    if device is not None and "egl" in candidates and (count := egl_devices()):
+        devices = ", ".join(map(str, range(count)))
+        return f"MUJOCO_EGL_DEVICE_ID={device}: cannot render on that device; the devices here: {devices}"
     setting = f"MUJOCO_GL={asked}" if asked else f"MUJOCO_GL is not set, tried {', '.join(candidates)}"
     return f"{setting}: cannot render; install the Debian packages {packages}"
 
 
 def egl_devices():
     """Number of EGL devices, NVIDIA's GPUs before Mesa's; 0 without EGL."""
-    count = "from dm_control._render.pyopengl import egl_ext; print(len(egl_ext.eglQueryDevicesEXT()))"
-    return int(_probe(count, "egl", without="MUJOCO_EGL_DEVICE_ID") or 0)  # an invalid one fails the import
+    count = (
+        "import os; os.environ.pop('MUJOCO_EGL_DEVICE_ID', None)\n"  # an invalid one fails the next import
+        "from dm_control._render.pyopengl import egl_ext; print(len(egl_ext.eglQueryDevicesEXT()))"
+    )
+    return int(_probe(count, "egl") or 0)
 
 
 @functools.cache  # a second or more each time
@@ -78,12 +73,11 @@ def renderer(backend):
     return _probe(draw, backend)
 
 
-def _probe(script, backend, without=None):
+def _probe(script, backend):
     """Last line printed by a script that runs in its own process with this backend; None if it fails."""
     environment = {**os.environ, "MUJOCO_GL": backend}
     # PyOpenGL's own variable must agree with MUJOCO_GL; each backend sets it if it is unset
     environment.pop("PYOPENGL_PLATFORM", None)
-    environment.pop(without, None)
     with signals_kept_from_children():
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     return done.stdout.splitlines()[-1] if done.returncode == 0 and done.stdout else None

@@ -6,7 +6,6 @@ import shutil
 
 import imageio.v3 as iio
 import imageio_ffmpeg
-import numpy as np
 
 from endings import signals_kept_from_children
 
@@ -14,18 +13,14 @@ from endings import signals_kept_from_children
 def save_video(path, frames, fps):
     """Write frames, each (H, W, 3) uint8 with H and W multiples of 16, as an H.264 mp4.
 
-    The file appears complete or not at all.
-
-    Raises:
-        OSError: the write failed, as on a full disk.
+    The file appears complete or not at all; raises `OSError` if the write fails, as on a full disk.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp.mp4")
     try:
         with signals_kept_from_children():
-            stack = np.stack(frames)
-            iio.imwrite(temporary, stack, plugin="FFMPEG", fps=fps, codec="libx264", ffmpeg_log_level="quiet")
+            iio.imwrite(temporary, frames, plugin="FFMPEG", fps=fps, codec="libx264", ffmpeg_log_level="quiet")
             if imageio_ffmpeg.count_frames_and_secs(temporary)[0] != len(frames):  # ffmpeg fails silently
                 raise OSError("incomplete")
         os.replace(temporary, path)
