@@ -12,10 +12,9 @@ from sac import SAC
 
 
 def make_agent(config, obs_shape, action_dim, device):
-    """The agent on `device`; `obs_shape` is the environment's, (C, H, W), or (n,) for states.
+    """The agent for the environment's `obs_shape`, (C, H, W), or (n,) for states.
 
-    Raises:
-        Refused: the networks do not fit in memory.
+    Raises Refused if the networks do not fit in memory.
     """
     augment = crop = _unchanged
     if config.encoder_type != "identity":
@@ -40,7 +39,7 @@ def make_agent(config, obs_shape, action_dim, device):
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
-        sizes = " ".join(f"--{flag} {getattr(config, flag)}" for flag in ("hidden_dim", "num_filters"))
+        sizes = f"--hidden_dim {config.hidden_dim} --num_filters {config.num_filters}"
         raise Refused(f"{sizes}: the networks do not fit in the memory of {device}") from None
 
 

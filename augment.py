@@ -1,28 +1,20 @@
-"""Image augmentation: random shift, random crop and centre crop of (B, C, H, W) batches, any dtype, any device."""
+"""Image augmentation: random shift, random crop and centre crop of (B, C, H, W) batches, any dtype, any device.
+
+Random shift and random crop return (times * B, C, size, size), ordered by augmentation, then image. They move all
+channels of an image together.
+"""
 
 import torch
 
 
 def random_shift(images, times=1, pad=4):
-    """Shift each image by up to `pad` pixels each way, repeating its border, like DrQ's replicate-pad and random crop.
-
-    Args:
-        images: (B, C, H, W).
-        times: augmentations per image.
-        pad: largest shift in pixels.
-
-    Returns:
-        (times * B, C, H, W) of the same dtype, ordered by augmentation, then image; all channels of an image share one
-        shift.
-    """
-    corners = torch.randint(-pad, pad + 1, (times * len(images), 2), device=images.device)
-    return _crop_at(images, images.shape[-1], corners)
+    """Shift each image by up to `pad` pixels each way, repeating its border: DrQ's replicate-pad and random crop."""
+    return _random_windows(images, images.shape[-1], -pad, pad, times)
 
 
 def random_crop(images, size, times=1):
-    """`times` random `size` x `size` windows of each image: (B, C, H, W) -> (times * B, C, size, size)."""
-    corners = torch.randint(0, images.shape[-1] - size + 1, (times * len(images), 2), device=images.device)
-    return _crop_at(images, size, corners)
+    """`times` random `size` x `size` windows of each image."""
+    return _random_windows(images, size, 0, images.shape[-1] - size, times)
 
 
 def center_crop(images, size):
@@ -31,16 +23,18 @@ def center_crop(images, size):
     return images[..., top : top + size, left : left + size]
 
 
-def _crop_at(images, size, corner):
-    """Window i of image i % B with its top left pixel at `corner[i]`, (n, 2); pixels outside repeat the border.
+def _random_windows(images, size, lowest, highest, times):
+    """Cut window i from image i % B, its top left pixel drawn from [lowest, highest]; pixels outside repeat the border.
 
     One gather of whole pixels: their channels are contiguous in the channels-last result.
     """
-    (B, C, H, W), n = images.shape, len(corner)
-    steps = torch.arange(size, device=images.device)
-    rows = (corner[:, :1] + steps).clamp(0, H - 1)  # (n, size)
-    columns = (corner[:, 1:] + steps).clamp(0, W - 1)
-    first = (torch.arange(n, device=images.device) % B * H * W).view(n, 1, 1)  # index of each image's first pixel
+    (B, C, H, W), device = images.shape, images.device
+    n = times * B
+    corners = torch.randint(lowest, highest + 1, (n, 2), device=device)
+    steps = torch.arange(size, device=device)
+    rows = (corners[:, :1] + steps).clamp(0, H - 1)  # (n, size)
+    columns = (corners[:, 1:] + steps).clamp(0, W - 1)
+    first = (torch.arange(n, device=device) % B * H * W).view(n, 1, 1)  # index of each image's first pixel
     places = first + rows[:, :, None] * W + columns[:, None, :]  # (n, size, size)
     pixels = images.permute(0, 2, 3, 1).reshape(B * H * W, C)
     return pixels.index_select(0, places.view(-1)).view(n, size, size, C).permute(0, 3, 1, 2)

@@ -1,7 +1,10 @@
 """The CoDy auxiliary task: contrastive learning with dynamic models (You et al., arXiv 2203.01810).
 
 Symbols as in docs/algorithm.md: z = f(o) latent, z_bar target latent, p posterior, q prior, u sample of the posterior,
-which predicts the next latent and the reward (d + 1 numbers). sac.py describes the interface of both objectives.
+which predicts the next latent and the reward (d + 1 numbers).
+
+The released code steps the encoder with two Adams on the same gradient, at encoder_lr and at cody_lr. One Adam at the
+summed rate is the same.
 """
 
 import copy
@@ -11,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import mlp, soft_update, weight_init
+from sac import AuxiliaryTask
+from utils import latent_metrics, mlp, soft_update, weight_init
 
+CODE_DIM = 16  # dimension of an encoded action
 EXTREME_LOG_STD = 3.0  # a posterior dimension is extreme if its standard deviation is above e^3 or below e^-3
 PUBLISHED_TAU = 0.005  # EMA rate of the published objective's own target networks
 
@@ -32,17 +37,9 @@ class GaussianDynamics(nn.Module):
         return self.ln(self.net(torch.cat([z, action], dim=-1))).chunk(2, dim=-1)
 
 
-def action_code(action_dim, hidden_dim=512, code_dim=16):
-    """Action encoder u(a): (B, |A|) -> (B, code_dim)."""
-    return nn.Sequential(
-        nn.Linear(action_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, code_dim), nn.LayerNorm(code_dim)
-    )
-
-
-def unit_gaussian(batch, encoders):
-    """The prior N(0, 1): broadcastable mu and log sigma."""
-    zero = batch.reward.new_zeros(1)
-    return zero, zero
+def action_code(action_dim):
+    """Action encoder u(a): (B, |A|) -> (B, CODE_DIM)."""
+    return nn.Sequential(*mlp(action_dim, 512, CODE_DIM, hidden_layers=1), nn.LayerNorm(CODE_DIM))
 
 
 def kl_divergence(mu_p, log_std_p, mu_q, log_std_q):
@@ -70,70 +67,23 @@ def contrastive_metrics(logits, nce):
     return {"info_nce": nce, "mi_bound": math.log(len(logits)) - nce, "contrastive_accuracy": accuracy}
 
 
-def latent_metrics(z, detailed):
-    """Norm and standard deviation of the latents (B, d); if detailed, also their effective rank."""
-    metrics = {"latent_norm": z.norm(dim=-1).mean(), "latent_std": z.std(dim=0).mean()}
-    if detailed:
-        metrics["latent_rank"] = effective_rank(z.detach())
-    return metrics
-
-
-def effective_rank(z):
-    """exp of the entropy of the normalised singular values of the centred batch (B, d) (Roy and Vetterli, 2007)."""
-    # svdvals raises on non-finite values, of which the loss gives the better message
-    singular_values = torch.linalg.svdvals(torch.nan_to_num(z - z.mean(dim=0)))
-    return torch.special.entr(singular_values / singular_values.sum()).sum().exp()
-
-
-class _Auxiliary(nn.Module):
-    """Common part of both objectives.
-
-    The released code steps the encoder with two Adams on the same gradient; one Adam at the summed rate is the same.
-    """
-
-    update_freq = 1
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.encoder_lr = config.encoder_lr + config.cody_lr
-        self.beta2 = config.cody_beta2
-        self.warmup_updates, self.max_grad_norm = config.cody_warmup_updates, config.cody_max_grad_norm
-        self.grad_ratio = config.cody_grad_ratio
-
-    def parameter_groups(self):
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": self.config.cody_lr}]
-
-    def images(self, batch, encoder):
-        return {}
-
-
-class CoDy(_Auxiliary):
-    """InfoNCE + omega * KL; the constructor chooses its parts by the flags.
-
-    Args:
-        config: see config.py.
-        latent_dim: d.
-        action_dim: |A|.
-    """
+class CoDy(AuxiliaryTask):
+    """InfoNCE + omega * KL; the constructor chooses its parts by the flags."""
 
     def __init__(self, config, latent_dim, action_dim):
-        super().__init__(config)
-        c = config
-        d, hidden_dim = latent_dim, c.hidden_dim
+        super().__init__(config, config.cody_lr, config.encoder_lr + config.cody_lr)
+        c, d, hidden_dim = config, latent_dim, config.hidden_dim
         u_dim = d + (c.reward_prediction == "contrastive")
         self.action_encoder = action_code(action_dim) if c.action_encoder else nn.Identity()
-        a_dim = 16 if c.action_encoder else action_dim
+        dynamics_sizes = (d, CODE_DIM if c.action_encoder else action_dim, hidden_dim, u_dim)
 
-        self.posterior = GaussianDynamics(d, a_dim, hidden_dim, u_dim, c.dynamics_layer_norm)
+        self.posterior = GaussianDynamics(*dynamics_sizes, c.dynamics_layer_norm)
         if c.kl_prior == "learned":
-            self.prior = GaussianDynamics(d, a_dim, hidden_dim, u_dim, c.dynamics_layer_norm)
+            self.prior = GaussianDynamics(*dynamics_sizes, c.dynamics_layer_norm)
         elif c.kl_prior == "shared":
             self.prior = self.posterior
-        looks_back = c.kl_prior in ("learned", "shared")
-        self._q = self._dynamics_prior if looks_back else {"unit_gaussian": unit_gaussian, "none": None}[c.kl_prior]
         # augment and encode o_{t-1} only if the prior uses it
-        self.augmented = {"obs_prev": "obs_prev"} if looks_back else {}
+        self.augmented = {"obs_prev": "obs_prev"} if c.kl_prior in ("learned", "shared") else {}
 
         self.projection = {
             "mlp": lambda: mlp(u_dim, hidden_dim, u_dim, hidden_layers=1),
@@ -144,10 +94,9 @@ class CoDy(_Auxiliary):
         self.W = nn.Parameter(torch.rand(d, d))
         if c.reward_prediction == "regression":
             self.reward_head = mlp(u_dim, hidden_dim, 1, hidden_layers=1)
-        repeat = c.action_repeat
         self.normalised_reward = {
-            "per_step": lambda reward: reward / repeat,
-            "symmetric": lambda reward: 2 * reward / repeat - 1,
+            "per_step": lambda reward: reward / c.action_repeat,
+            "symmetric": lambda reward: 2 * reward / c.action_repeat - 1,
             "none": lambda reward: reward,
         }[c.reward_norm]
         self.apply(weight_init)
@@ -157,24 +106,20 @@ class CoDy(_Auxiliary):
         """EMA step of the target predictor."""
         soft_update(self.predictor, self.target_predictor, self.config.encoder_tau)
 
-    def _dynamics_prior(self, batch, encoders):
-        """q(u | z_bar_{t-1}, a_{t-1}), with gradient to the prior's weights but not to the encoder."""
+    def _prior_moments(self, batch, encoders):
+        """mu and log sigma of q(u | z_bar_{t-1}, a_{t-1}), without gradient to the encoder, or of N(0, 1)."""
+        if self.config.kl_prior == "unit_gaussian":
+            zero = batch.reward.new_zeros(1)  # broadcasts
+            return zero, zero
         with torch.no_grad():
             z_bar_prev = encoders[self.config.kl_encoder](batch.obs_prev)
         return self.prior(z_bar_prev, self.action_encoder(batch.action_prev))
 
     def loss(self, batch, z, encoder, target_encoder, *, detailed=False, noise=None):
-        """InfoNCE + omega * KL.
+        """InfoNCE + omega * KL of an augmented `Batch` of B pairs, and metrics, all 0-d except `kl_per_dim` (d + 1,).
 
-        Args:
-            batch: augmented `Batch` of B pairs.
-            z: latents of `batch.obs`, (B, d), with gradient.
-            encoder, target_encoder: f and its EMA.
-            detailed: whether to also compute the expensive metrics.
-            noise: epsilon of the posterior sample, (B, d + 1); None: drawn here.
-
-        Returns:
-            The loss and a dictionary of metrics, all 0-d except `kl_per_dim` (d + 1,).
+        z (B, d) are the latents of `batch.obs`, with gradient; `encoder` and `target_encoder` are f and its EMA.
+        `detailed` adds the expensive metrics. `noise` (B, d + 1) is the posterior sample's epsilon; None draws it.
         """
         c = self.config
         mu_p, log_std_p = self.posterior(z, self.action_encoder(batch.action))  # (B, d + 1)
@@ -194,8 +139,8 @@ class CoDy(_Auxiliary):
         metrics = contrastive_metrics(logits, nce)
         metrics.update(posterior_mu=mu_p.mean(), posterior_std=log_std_p.exp().mean())
 
-        if self._q is not None:
-            mu_q, log_std_q = self._q(batch, encoders)
+        if c.kl_prior != "none":
+            mu_q, log_std_q = self._prior_moments(batch, encoders)
             kl_dims = kl_divergence(mu_p, log_std_p, mu_q, log_std_q).mean(dim=0)  # (d + 1,)
             kl = kl_dims.sum()
             cody_loss = cody_loss + c.omega_cody_loss * kl
@@ -213,21 +158,18 @@ class CoDy(_Auxiliary):
         return cody_loss, metrics
 
 
-class PublishedCoDy(_Auxiliary):
-    """The objective of the 2022 paper: L1 + omega * L2 + beta * L3; see docs/algorithm.md.
-
-    Takes the same arguments as `CoDy`.
-    """
+class PublishedCoDy(AuxiliaryTask):
+    """The objective of the 2022 paper: L1 + omega * L2 + beta * L3; see docs/algorithm.md."""
 
     augmented = {"second_obs": "obs"}
 
     def __init__(self, config, latent_dim, action_dim):
-        super().__init__(config)
+        super().__init__(config, config.cody_lr, config.encoder_lr + config.cody_lr)
         d = latent_dim
         self.action_encoder = action_code(action_dim)
-        self.dynamics = nn.Sequential(mlp(d + 16, config.hidden_dim, d, hidden_layers=2), nn.LayerNorm(d))
+        self.dynamics = nn.Sequential(mlp(d + CODE_DIM, config.hidden_dim, d, hidden_layers=2), nn.LayerNorm(d))
         self.W1 = nn.Parameter(torch.rand(d, d))
-        self.W2 = nn.Parameter(torch.rand(16 + d, d))
+        self.W2 = nn.Parameter(torch.rand(CODE_DIM + d, d))
         self.apply(weight_init)
         self.target_action_encoder = copy.deepcopy(self.action_encoder).requires_grad_(False)
         self.target_dynamics = copy.deepcopy(self.dynamics).requires_grad_(False)
@@ -239,7 +181,7 @@ class PublishedCoDy(_Auxiliary):
 
     def loss(self, batch, z, encoder, target_encoder, *, detailed=False):
         """Same interface as `CoDy.loss`; `batch.obs` and `batch.second_obs` are two augmentations of o_t."""
-        code = self.action_encoder(batch.action)  # (B, 16)
+        code = self.action_encoder(batch.action)  # (B, CODE_DIM)
         prediction = self.dynamics(torch.cat([z, code], dim=-1))  # (B, d)
         with torch.no_grad():
             second = [target_encoder(batch.second_obs), self.target_action_encoder(batch.action)]
@@ -250,11 +192,6 @@ class PublishedCoDy(_Auxiliary):
         linearity = info_nce(contrastive_logits(torch.cat([code, z], dim=-1), self.W2, z_bar_next))  # L2
         regression = F.mse_loss(prediction, z_bar_next)  # L3
         cody_loss = invariance + self.config.omega_cody_loss * linearity + self.config.beta_cody_loss * regression
-        metrics = {
-            **contrastive_metrics(logits, invariance),
-            **latent_metrics(z, detailed),
-            "temporal_nce": linearity,
-            "dynamics_loss": regression,
-            "cody_loss": cody_loss,
-        }
+        metrics = {**contrastive_metrics(logits, invariance), **latent_metrics(z, detailed)}
+        metrics.update(temporal_nce=linearity, dynamics_loss=regression, cody_loss=cody_loss)
         return cody_loss, metrics

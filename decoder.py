@@ -1,10 +1,11 @@
-"""Reconstruction, the auxiliary task of SAC+AE (Yarats et al., arXiv 1910.01741); sac.py describes the interface."""
+"""Reconstruction, the auxiliary task of SAC+AE (Yarats et al., arXiv 1910.01741)."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import weight_init
+from sac import AuxiliaryTask
+from utils import latent_metrics, weight_init
 
 BITS = 5  # pixels are quantised to 2^5 levels
 
@@ -12,12 +13,7 @@ BITS = 5  # pixels are quantised to 2^5 levels
 class Decoder(nn.Module):
     """Latent to pixels: a linear layer, then deconvolutions that mirror the encoder's convolutions.
 
-    (B, latent_dim) -> (B, C, H, W), where -1/2 is black and 1/2 is white.
-
-    Args:
-        obs_shape: (C, H, W), square.
-        latent_dim: d.
-        num_layers, num_filters: the encoder's.
+    (B, latent_dim) -> (B, C, H, W), H = W, where -1/2 is black and 1/2 is white.
     """
 
     def __init__(self, obs_shape, latent_dim, num_layers, num_filters):
@@ -46,46 +42,23 @@ def quantise(obs, noise):
     return h + noise / levels - 0.5
 
 
-class Reconstruction(nn.Module):
-    """MSE of the decoded latent to the quantised pixels + lambda * |z|^2 / 2.
-
-    Args:
-        config: see config.py.
-        obs_shape: (C, H, W).
-        latent_dim: d.
-    """
-
-    augmented = {}
-    beta2, warmup_updates, max_grad_norm, grad_ratio = 0.999, 0, None, None
+class Reconstruction(AuxiliaryTask):
+    """MSE of the decoded latent to the quantised pixels + lambda * |z|^2 / 2."""
 
     def __init__(self, config, obs_shape, latent_dim):
-        super().__init__()
-        self.config = config
-        self.update_freq = config.decoder_update_freq
-        self.encoder_lr = config.encoder_lr
+        super().__init__(config, config.decoder_lr, config.encoder_lr)
+        self.update_freq, self.weight_decay = config.decoder_update_freq, config.decoder_weight_lambda
         self.decoder = Decoder(obs_shape, latent_dim, config.num_layers, config.num_filters)
         self.apply(weight_init)
 
-    def parameter_groups(self):
-        c = self.config
-        return [{"params": list(self.parameters()), "lr": c.decoder_lr, "weight_decay": c.decoder_weight_lambda}]
-
-    def update_targets(self):
-        """No-op: there are no targets."""
-
     def loss(self, batch, z, encoder, target_encoder, *, detailed=False):
-        """See `CoDy.loss`; `detailed` adds PSNR (dB) and SSIM of eight reconstructions."""
+        """The loss and its metrics; `detailed` adds PSNR (dB) and SSIM of eight reconstructions."""
         reconstruction = self.decoder(z)
         noise = torch.rand(batch.obs.shape, device=batch.obs.device)
         reconstruction_loss = F.mse_loss(reconstruction, quantise(batch.obs, noise))
         latent_loss = 0.5 * z.square().sum(dim=-1).mean()
         loss = reconstruction_loss + self.config.decoder_latent_lambda * latent_loss
-        metrics = {
-            "reconstruction_loss": reconstruction_loss,
-            "latent_loss": latent_loss,
-            "latent_norm": z.norm(dim=-1).mean(),
-            "latent_std": z.std(dim=0).mean(),
-        }
+        metrics = {"reconstruction_loss": reconstruction_loss, "latent_loss": latent_loss, **latent_metrics(z)}
         if detailed:
             metrics.update(image_quality(batch.obs[:8], reconstruction[:8]))
         return loss, metrics

@@ -1,10 +1,7 @@
 """The encoders f: observations to latents.
 
-An encoder has two modules, `convs` and `head`: actor and critic share the convs and have a head each. `make_encoder`
-also returns the parts of actor and critic that depend on `--encoder_type`.
+An encoder has two modules, `convs` and `head`: actor and critic share the convs and have a head each.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +9,10 @@ from torch import nn
 
 
 class ConvNet(nn.Module):
-    """Pixels to flat conv features: 3x3 convolutions, the first few with stride 2, each followed by a ReLU.
+    """Pixels to flat conv features: 3x3 convolutions, each followed by a ReLU; the first `num_strided` have stride 2.
 
-    Weights and features are channels-last, the fastest layout for convolutions on CPUs and GPUs.
-
-    Args:
-        obs_shape: shape of the observation, (C, H, W).
-        num_layers, num_filters: number of convolutions, and of filters in each.
-        num_strided: number of leading convolutions with stride 2.
-        offset: value subtracted from the pixels after scaling to [0, 1].
-        dtype: dtype of the convolutions; parameters and results are float32.
+    `offset` is subtracted from the pixels after scaling to [0, 1]. Convolutions are in `dtype`; parameters and results
+    are float32. Weights and features are channels-last, the fastest layout for convolutions on CPUs and GPUs.
     """
 
     def __init__(self, obs_shape, num_layers, num_filters, num_strided=1, offset=0.0, dtype=torch.float32):
@@ -49,7 +40,7 @@ class ConvNet(nn.Module):
 class LatentHead(nn.Module):
     """Flat conv features to the latent: linear, LayerNorm, optional tanh. (B, feature_dim) -> (B, d)."""
 
-    def __init__(self, feature_dim, latent_dim, tanh=False):
+    def __init__(self, feature_dim, latent_dim, tanh):
         super().__init__()
         self.fc = nn.Linear(feature_dim, latent_dim)
         self.ln = nn.LayerNorm(latent_dim)
@@ -62,13 +53,34 @@ class LatentHead(nn.Module):
 class Encoder(nn.Module):
     """f: (B, *obs_shape) -> (B, latent_dim) float32, through conv features (B, feature_dim)."""
 
-    def __init__(self, convs, head, feature_dim, latent_dim):
+    def __init__(self, convs, head, latent_dim):
         super().__init__()
-        self.convs, self.head = convs, head
-        self.feature_dim, self.latent_dim = feature_dim, latent_dim
+        self.convs, self.head, self.latent_dim = convs, head, latent_dim
 
     def forward(self, obs):
         return self.head(self.convs(obs))
+
+
+def make_encoder(config, obs_shape):
+    """The modules that depend on `--encoder_type`; `obs_shape` is (C, H, W), or (n,) for identity.
+
+    Returns the encoder; the actor's head, from the shared conv features to its own latent; and the module between the
+    latent and the Q networks.
+    """
+    if config.encoder_type == "identity":  # the state itself is the latent; no parameters
+        return Encoder(nn.Identity(), nn.Identity(), obs_shape[0]), nn.Identity(), nn.Identity()
+
+    d = config.encoder_feature_dim
+    protorl = config.encoder_type == "protorl"
+    offset = 0.5 if protorl else 0.0
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    convs = ConvNet(obs_shape, config.num_layers, config.num_filters, config.num_strided_layers, offset, dtype)
+    if protorl:  # Yarats et al., arXiv 2102.11271: a linear latent; actor and critic apply LayerNorm and tanh
+        encoder = Encoder(convs, nn.Linear(convs.feature_dim, d), d)
+        return encoder, LatentHead(convs.feature_dim, d, tanh=True), nn.Sequential(nn.LayerNorm(d), nn.Tanh())
+    tanh = config.agent == "sac_ae"  # SAC+AE bounds its latent, CoDy does not
+    encoder = Encoder(convs, LatentHead(convs.feature_dim, d, tanh), d)
+    return encoder, LatentHead(convs.feature_dim, d, tanh), nn.Identity()
 
 
 class CachedEncoder:
@@ -98,49 +110,3 @@ class CachedEncoder:
         result = function(x)
         self._seen.append((function, x, result))
         return result
-
-
-class EncoderParts(NamedTuple):
-    """The modules that depend on `--encoder_type`."""
-
-    encoder: Encoder  # of the critic and the auxiliary task
-    actor_head: nn.Module  # from the shared conv features to the actor's own latent
-    critic_input: nn.Module  # module between the latent and the Q networks
-
-
-def make_encoder(config, obs_shape):
-    """The `EncoderParts` of a config; `obs_shape` is (C, H, W), or (n,) for identity."""
-    return {"pixel": _pixel, "protorl": _protorl, "identity": _identity}[config.encoder_type](config, obs_shape)
-
-
-def _convs(config, obs_shape, offset=0.0):
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-    return ConvNet(obs_shape, config.num_layers, config.num_filters, config.num_strided_layers, offset, dtype)
-
-
-def _pixel(config, obs_shape):
-    convs = _convs(config, obs_shape)
-    sizes = (convs.feature_dim, config.encoder_feature_dim)
-    tanh = config.agent == "sac_ae"  # SAC+AE bounds its latent, CoDy does not
-    return EncoderParts(
-        Encoder(convs, LatentHead(*sizes, tanh), *sizes),
-        actor_head=LatentHead(*sizes, tanh),
-        critic_input=nn.Identity(),
-    )
-
-
-def _protorl(config, obs_shape):
-    """Proto-RL (Yarats et al., arXiv 2102.11271): a linear latent; actor and critic apply LayerNorm and tanh."""
-    convs = _convs(config, obs_shape, offset=0.5)
-    sizes = (convs.feature_dim, config.encoder_feature_dim)
-    return EncoderParts(
-        Encoder(convs, nn.Linear(*sizes), *sizes),
-        actor_head=LatentHead(*sizes, tanh=True),
-        critic_input=nn.Sequential(nn.LayerNorm(sizes[1]), nn.Tanh()),
-    )
-
-
-def _identity(config, obs_shape):
-    """The state itself is the latent; no parameters."""
-    size = obs_shape[0]
-    return EncoderParts(Encoder(nn.Identity(), nn.Identity(), size, size), nn.Identity(), nn.Identity())

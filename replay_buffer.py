@@ -48,15 +48,11 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """Ring buffer of single frames.
 
-    Args:
-        config: see config.py. The capacity is `replay_buffer_capacity` transitions, at most num_train_steps; it is
-            a little less when episodes end early, since their final frames take more slots than planned.
-        obs_space: space of the stacked observations, uint8 (C, H, W), or of states, float32 (C,).
-        action_dim: |A|.
-        device: device of the batches; `--replay_device` is that of the frames.
+    The capacity is `replay_buffer_capacity` transitions, at most num_train_steps; it is a little less when episodes end
+    early, since their final frames take more slots than planned. `obs_space` describes the stacked observations, uint8
+    (C, H, W), or states, float32 (C,). Batches are on `device`, frames on `--replay_device`.
 
-    Raises:
-        Refused: the frames do not fit in the free memory.
+    Raises Refused if the frames do not fit in the free memory.
     """
 
     def __init__(self, config, obs_space, action_dim, device):
@@ -69,61 +65,13 @@ class ReplayBuffer:
         self._journal = None
 
         self._frame_shape = (obs_space.shape[0] // config.frame_stack, *obs_space.shape[1:])
-        # layout of batches: the encoders' for pixels
-        self._layout = torch.channels_last if len(self._frame_shape) == 3 else torch.contiguous_format
-        self._dtype = np.dtype(np.uint8 if obs_space.dtype == np.uint8 else np.float32)
+        self._dtype = obs_space.dtype
         self._frames = self._make_store(config)
         self._actions = np.zeros((self.slots, action_dim), np.float32)
         self._rewards = np.zeros(self.slots, np.float32)
         self._not_dones = np.zeros(self.slots, np.float32)
         self._ages = np.zeros(self.slots, np.int32)  # frames before this one in its episode
         self._finals = np.ones(self.slots, bool)  # whether no transition starts here (yet)
-
-    def _make_store(self, config):
-        """The frame store; unless a flag says otherwise, raw if it takes less than half of the free memory."""
-        raw = self.slots * math.prod(self._frame_shape) * self._dtype.itemsize
-        packed = self.slots * PACKED_BYTES
-        kind, place = config.replay_storage, config.replay_device
-        if place == "auto":
-            fits = kind != "lz4" and raw < _available(self.device) / 2
-            place = self.device if fits else "cpu"
-        place = torch.device(place)
-        available = _available(place)
-        if kind == "auto":
-            kind = "raw" if raw < available / 2 or place.type == "cuda" else "lz4"
-        size = raw if kind == "raw" else min(raw, packed)
-        too_large = (
-            f"--replay_buffer_capacity {config.replay_buffer_capacity}: its frames take {size / 1e9:.1f} GB "
-            f"({kind}) and {available / 1e9:.1f} GB of memory are available on {place}"
-        )
-        if size > available:
-            raise Refused(too_large)
-        self._estimate = size
-        dtype = torch.from_numpy(np.empty(0, self._dtype)).dtype
-        try:
-            return {"raw": RawFrames, "lz4": PackedFrames}[kind](self.slots, self._frame_shape, dtype, place)
-        except RuntimeError as error:  # torch raises it for a failed allocation
-            raise Refused(too_large) from error
-
-    @property
-    def nbytes(self):
-        """Size of the stored data in bytes."""
-        arrays = (self._actions, self._rewards, self._not_dones, self._ages, self._finals)
-        return self._frames.nbytes + sum(array.nbytes for array in arrays)
-
-    @property
-    def description(self):
-        """Text for the run's first line: how the frames are stored, and their memory when the buffer is full."""
-        about = "about " if self._frames.name == "lz4" else ""
-        return f"replay of {about}{self._estimate / 1e9:.2f} GB ({self._frames.name})"
-
-    def check_memory(self):
-        """Raise `Stopped` if packed frames fill the memory, early enough to still save a checkpoint."""
-        if self._frames.name == "raw" or self._stream % MEMORY_CHECK_FRAMES:
-            return
-        if (free := available_memory()) < RESERVE_BYTES:
-            size = self.nbytes / 1e9
-            raise Stopped(f"{free / 1e9:.1f} GB of memory are left and the replay has grown to {size:.1f} GB", 1)
 
     def begin_episode(self, obs):
         """Store the first frame of an episode: the newest of the stacked `obs` (C, H, W)."""
@@ -168,11 +116,7 @@ class ReplayBuffer:
         return positions[self._is_legal(positions)]
 
     def sample(self, batch_size):
-        """A `Batch` of pairs sampled uniformly, with replacement, from `legal_positions`.
-
-        Raises:
-            ValueError: the buffer holds no pair of transitions.
-        """
+        """A `Batch` of pairs sampled uniformly, with replacement, from `legal_positions`; ValueError if it is empty."""
         # redrawing the few illegal positions costs the same at any buffer size; listing all legal ones does not
         newest = max(self._stream, 1)
         positions = self._rng.integers(self._oldest, newest, batch_size)
@@ -197,7 +141,8 @@ class ReplayBuffer:
 
         frames = to_device(self._frames.read(window.ravel()), self.device)
         frames = frames.view(len(positions), -1, *self._frame_shape[1:])  # (B, (k + 2) * C, H, W)
-        frames = frames.contiguous(memory_format=self._layout)  # convert the layout once, not per stack
+        if frames.dim() == 4:  # convert to the encoders' layout once, not per stack
+            frames = frames.contiguous(memory_format=torch.channels_last)
         channels = self._frame_shape[0]
 
         def stack(first):
@@ -215,6 +160,51 @@ class ReplayBuffer:
             next_obs=stack(2),
             not_done=floats(self._not_dones[slots]),
         )
+
+    def _make_store(self, config):
+        """The frame store; unless a flag says otherwise, raw if it takes less than half of the free memory."""
+        raw = self.slots * math.prod(self._frame_shape) * self._dtype.itemsize
+        kind, place = config.replay_storage, config.replay_device
+        if place == "auto":
+            fits = kind != "lz4" and raw < _available(self.device) / 2
+            place = self.device if fits else "cpu"
+        place = torch.device(place)
+        available = _available(place)
+        if kind == "auto":
+            kind = "raw" if raw < available / 2 or place.type == "cuda" else "lz4"
+        size = raw if kind == "raw" else min(raw, self.slots * PACKED_BYTES)
+        too_large = (
+            f"--replay_buffer_capacity {config.replay_buffer_capacity}: its frames take {size / 1e9:.1f} GB "
+            f"({kind}) and {available / 1e9:.1f} GB of memory are available on {place}"
+        )
+        if size > available:
+            raise Refused(too_large)
+        self._storage, self._estimate = kind, size
+        dtype = getattr(torch, self._dtype.name)
+        try:
+            return {"raw": RawFrames, "lz4": PackedFrames}[kind](self.slots, self._frame_shape, dtype, place)
+        except RuntimeError as error:  # torch raises it for a failed allocation
+            raise Refused(too_large) from error
+
+    @property
+    def nbytes(self):
+        """Size of the stored data in bytes."""
+        arrays = (self._actions, self._rewards, self._not_dones, self._ages, self._finals)
+        return self._frames.nbytes + sum(array.nbytes for array in arrays)
+
+    @property
+    def description(self):
+        """Text for the run's first line: how the frames are stored, and their memory when the buffer is full."""
+        about = "about " if self._storage == "lz4" else ""
+        return f"replay of {about}{self._estimate / 1e9:.2f} GB ({self._storage})"
+
+    def check_memory(self):
+        """Raise `Stopped` if packed frames fill the memory, early enough to still save a checkpoint."""
+        if self._storage == "raw" or self._stream % MEMORY_CHECK_FRAMES:
+            return
+        if (free := available_memory()) < RESERVE_BYTES:
+            size = self.nbytes / 1e9
+            raise Stopped(f"{free / 1e9:.1f} GB of memory are left and the replay has grown to {size:.1f} GB", 1)
 
     def open_journal(self, folder):
         """From now on, also write incoming data to a journal in `folder`."""
@@ -235,8 +225,8 @@ class ReplayBuffer:
         self._rng.bit_generator.state = state["rng"]
 
     def read(self, folder, files=None):
-        """Fill this empty buffer from the journal in `folder`; see `journal.read`."""
-        begun, self._journal, self._stream = self._journal, None, 0
+        """Fill this empty buffer from the journal in `folder`, see `journal.read`; an open journal resumes after it."""
+        own_journal, self._journal = self._journal, None  # frames that are read are not written again
         for position, frame, age, action, reward, terminated in journal.read(folder, files):
             if self._stream == 0:
                 self._stream = position
@@ -246,16 +236,15 @@ class ReplayBuffer:
                 self.begin_episode(frame)
             else:
                 self.add(action, reward, frame, terminated)
-        self._journal = begun
-        if begun and files:
-            begun.resume(files)
+        self._journal = own_journal
+        if own_journal and files:
+            own_journal.resume(files)
 
     @classmethod
     def load(cls, run, device="cpu"):
         """The replay of the run in folder `run`, which is unfinished or used --keep_checkpoint.
 
-        Raises:
-            Refused: the folder holds no run. FileNotFoundError: the run has no replay.
+        Raises Refused if the folder holds no run, FileNotFoundError if the run has no replay.
         """
         config = dataclasses.replace(load_config(run), replay_device="auto")
         folder = pathlib.Path(run) / CHECKPOINT

@@ -1,15 +1,6 @@
 """Soft actor-critic from pixels (Haarnoja et al., arXiv 1812.05905; Yarats et al., arXiv 1910.01741).
 
-`SAC` owns the encoder and trains it with the critic's loss and, optionally, the loss of one auxiliary task. The
-auxiliary task is a module with
-    loss(batch, z, encoder, target_encoder, detailed) -> (loss, metrics), where z = encoder(batch.obs) with gradient
-    parameter_groups() -> Adam groups of its own parameters and their learning rates
-    encoder_lr, beta2: the encoder's learning rate in the task's step; Adam's beta2 in that step
-    warmup_updates, max_grad_norm, grad_ratio: see --cody_warmup_updates, --cody_max_grad_norm and --cody_grad_ratio
-    update_targets(): EMA step of the task's own target networks
-    update_freq: updates between the task's steps
-    augmented: {field of Batch: the field it augments}, in addition to `obs` and `next_obs`
-    images(batch, encoder) -> {name: (N, 3, H, W)} for TensorBoard
+`SAC` owns the encoder and trains it with the critic's loss and, optionally, the loss of one `AuxiliaryTask`.
 """
 
 import copy
@@ -27,13 +18,7 @@ MAX_GRAD_SCALE = 1e4  # bound of --cody_grad_ratio's factor, as in VQGAN's adapt
 
 
 class Actor(nn.Module):
-    """Policy pi(a|o) on the shared conv features.
-
-    Args:
-        head: the actor's own module from conv features to a latent of dimension `latent_dim`.
-        action_dim, hidden_dim: |A|, and the width of the two hidden layers.
-        log_std_min, log_std_max: range of the log standard deviation.
-    """
+    """Policy pi(a|o): `head` maps the shared conv features to the actor's own latent, two hidden layers follow."""
 
     def __init__(self, head, latent_dim, action_dim, hidden_dim, log_std_min, log_std_max):
         super().__init__()
@@ -71,23 +56,42 @@ class Critic(nn.Module):
         return self.Q1(z_a), self.Q2(z_a)
 
 
+class AuxiliaryTask(nn.Module):
+    """A second loss that trains the encoder, with networks of its own.
+
+    Subclasses define
+        loss(batch, z, encoder, target_encoder, detailed) -> (loss, metrics), where z = encoder(batch.obs) with gradient
+    `lr` is the learning rate of the task's own parameters, `encoder_lr` the encoder's in the task's step. Other flags
+    of that step, such as --cody_beta2, keep their defaults unless the task is CoDy's; config.py sees to it.
+    """
+
+    augmented = {}  # field of Batch -> the field that it augments, in addition to `obs` and `next_obs`
+    update_freq = 1  # updates between the task's steps
+    weight_decay = 0  # of the task's own parameters
+
+    def __init__(self, config, lr, encoder_lr):
+        super().__init__()
+        self.config, self.lr, self.encoder_lr = config, lr, encoder_lr
+
+    def update_targets(self):
+        """EMA step of the task's own target networks."""
+
+    def images(self, batch, encoder):
+        """Images for TensorBoard: {name: (N, 3, H, W)}."""
+        return {}
+
+
 class SAC(nn.Module):
     """The agent: acts, and takes one gradient update per batch.
 
-    Args:
-        config: see config.py.
-        obs_shape: shape of the encoder's input, (C, H, W), or (n,) for states.
-        action_dim: |A|.
-        make_auxiliary: latent dimension -> auxiliary task or None; see the module's docstring.
-        augment: random augmentation of a (B, C, H, W) batch for training, `times` per image.
-        crop: deterministic crop of such a batch for acting.
-        device: torch device of all networks.
+    `obs_shape` is the encoder's input, (C, H, W), or (n,) for states. `make_auxiliary` maps the latent dimension to an
+    `AuxiliaryTask` or None. `augment` draws `times` augmentations of each image of a (B, C, H, W) batch for training;
+    `crop` is the deterministic crop of such a batch for acting.
     """
 
     def __init__(self, config, obs_shape, action_dim, make_auxiliary, augment, crop, device):
         super().__init__()
-        self.config = config
-        self.device = device
+        self.config, self.device = config, device
         self._augment, self._crop = augment, crop
         self.encoder, actor_head, critic_input = make_encoder(config, obs_shape)
         latent_dim = self.encoder.latent_dim
@@ -96,10 +100,6 @@ class SAC(nn.Module):
         self.actor = Actor(actor_head, latent_dim, action_dim, config.hidden_dim, *std_range)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(config.init_temperature)))
         self.auxiliary = make_auxiliary(latent_dim)
-        self._augmented = {"obs": "obs", "next_obs": "next_obs"}
-        if self.auxiliary:
-            self._augmented = {**self.auxiliary.augmented, **self._augmented}
-        self._times = {"obs": config.critic_augmentations, "next_obs": config.target_augmentations}
         for module in (self.encoder, self.critic, self.actor):
             module.apply(weight_init)
         if config.conv_init == "orthogonal":
@@ -110,60 +110,18 @@ class SAC(nn.Module):
         self.target_entropy = -action_dim
         self.to(device)
 
-        self._update = {"sequential": self._sequential, "joint": self._joint}[config.update_mode]
+        further = self.auxiliary.augmented if self.auxiliary else {}
+        self._augmented = {**further, "obs": "obs", "next_obs": "next_obs"}
         self._encoder_parameters = list(self.encoder.parameters())  # none with the identity encoder
-
-        def adam(groups, lr=1e-3, beta=0.9, beta2=0.999):
-            return torch.optim.Adam(groups, lr, (beta, beta2), fused=True)
-
-        joint = config.update_mode == "joint"
-        if joint:
-            self.encoder_optimizer = adam(self._encoder_parameters, config.encoder_lr, config.critic_beta)
-        critic_parameters = [*([] if joint else self._encoder_parameters), *self.critic.parameters()]
-        self.critic_optimizer = adam(critic_parameters, config.critic_lr, config.critic_beta)
-        self.actor_optimizer = adam(self.actor.parameters(), config.actor_lr, config.actor_beta)
-        self.alpha_optimizer = adam([self.log_alpha], config.alpha_lr, config.alpha_beta)
-        if self.auxiliary:
-            groups = self.auxiliary.parameter_groups()
-            if not joint:
-                groups.append({"params": self._encoder_parameters, "lr": self.auxiliary.encoder_lr})
-            self.auxiliary_optimizer = adam(groups, beta2=self.auxiliary.beta2)
-            self._auxiliary_rates = [group["lr"] for group in groups]
+        self._make_optimizers(joint=config.update_mode == "joint")
         if config.compile:
             self._compile()
 
-    @property
-    def optimizers(self):
-        """{name: optimizer}; with the networks they are the agent's whole state."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, torch.optim.Optimizer)}
-
-    def _compile(self):
-        """torch.compile every network, on CUDA with CUDA graphs."""
-        mode = "reduce-overhead" if self.device.type == "cuda" else None
-        networks = [self.encoder.convs, self.encoder.head, self.target_encoder.convs, self.target_encoder.head]
-        networks += [self.actor, self.critic, self.target_critic]
-        networks += self.auxiliary.children() if self.auxiliary else []
-        for network in networks:
-            network.compile(dynamic=False, mode=mode)
-
-    def _begin(self):
-        """Tell CUDA graphs that they may overwrite all earlier outputs of the networks."""
-        if self.config.compile:
-            torch.compiler.cudagraph_mark_step_begin()
-
     @torch.no_grad()
     def act(self, obs, sample):
-        """Action for one observation: sampled, or tanh of the mean.
+        """Action (|A|,) float32 in [-1, 1], sampled or tanh(mu), for one observation, (C, H, W) uint8 or (n,) float32.
 
-        Args:
-            obs: (C, H, W) uint8, or a state, (n,) float32.
-            sample: whether to sample.
-
-        Returns:
-            (|A|,) float32 in [-1, 1].
-
-        Raises:
-            FloatingPointError: the policy diverged; a non-finite action would break the physics.
+        Raises FloatingPointError if the policy diverged: a non-finite action would break the physics.
         """
         self._begin()
         obs = self._crop(torch.as_tensor(obs, device=self.device)[None])
@@ -180,35 +138,23 @@ class SAC(nn.Module):
         `obs` and `next_obs` get `--critic_augmentations` and `--target_augmentations` times B images, ordered by
         augmentation.
         """
+        times = {"obs": self.config.critic_augmentations, "next_obs": self.config.target_augmentations}
         fields = {}
         for field, source in self._augmented.items():
-            fields[field] = self._augment(getattr(batch, source), times=self._times.get(field, 1))
+            fields[field] = self._augment(getattr(batch, source), times=times.get(field, 1))
         return batch._replace(**fields)
 
-    def images(self, batch):
-        """Augmented inputs and the auxiliary task's images: {name: (N, 3, H, W)}; none for states."""
-        if batch.obs.dim() != 4:
-            return {}
-        images = {f"augmented/{field}": getattr(batch, field)[:4, -3:] for field in self._augmented}  # newest frames
-        if self.auxiliary:
-            images.update(self.auxiliary.images(batch, self.encoder))
-        return images
-
     def update(self, batch, index, detailed=False):
-        """One update on an augmented batch.
+        """One update on the result of `augment`; returns metrics, a dictionary of tensors that stay on their device.
 
-        Args:
-            batch: the result of `augment`.
-            index: index of the update; a run's first is init_steps * updates_per_step, as in the released code.
-            detailed: whether to also compute the expensive metrics.
-
-        Returns:
-            Metrics, a dictionary of tensors that stay on their device.
+        A run's first `index` is init_steps * updates_per_step, as in the released code. `detailed` adds the expensive
+        metrics.
         """
         self._begin()
         B = len(batch.reward)
         first = batch._replace(obs=batch.obs[:B], next_obs=batch.next_obs[:B])
-        metrics = self._update(batch, first, index, detailed)
+        update = self._joint if self.config.update_mode == "joint" else self._sequential
+        metrics = update(batch, first, index, detailed)
         metrics["batch_reward"] = batch.reward.mean()
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -243,6 +189,47 @@ class SAC(nn.Module):
             self._auxiliary_step(index, metrics["auxiliary_grad_norm"])
         return metrics
 
+    @torch.no_grad()
+    def target_q(self, batch, encoder, target_encoder):
+        """y = r + gamma * not_done * mean_k(min Q_target(o'_k, a'_k) - alpha * log pi(a'_k|o'_k)), (B, 1)."""
+        mu, log_std = self.actor(encoder.convs(batch.next_obs))
+        next_action, log_pi = squashed_sample(mu, log_std, torch.randn_like(mu))
+        q1, q2 = self.target_critic(target_encoder(batch.next_obs), next_action)
+        value = (torch.min(q1, q2) - self.log_alpha.exp() * log_pi).view(-1, len(batch.reward), 1).mean(dim=0)
+        return batch.reward + self.config.discount * batch.not_done * value
+
+    def _critic_latent(self, features):
+        """Conv features (B, feature_dim) -> the critic's z (B, d)."""
+        return self.encoder.head(features.detach() if self.config.detach_encoder else features)
+
+    def _critic_loss(self, z, action, target_q):
+        """Critic loss averaged over the M augmentations in z (M * B, d), all with the same target; and its metrics."""
+        times = len(z) // len(action)
+        action, target_q = action.repeat(times, 1), target_q.repeat(times, 1)
+        q1, q2 = self.critic(z, action)
+        critic_loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
+        return critic_loss, {"critic_loss": critic_loss, "q": q1.mean(), "target_q": target_q.mean()}
+
+    def _update_actor(self, features):
+        """Step actor and temperature on conv features (B, feature_dim) without gradient; returns metrics."""
+        mu, log_std = self.actor(features)
+        pi, log_pi = squashed_sample(mu, log_std, torch.randn_like(mu))
+        with torch.no_grad():
+            z = self.encoder.head(features)
+        alpha = self.log_alpha.exp()
+        actor_loss = (alpha.detach() * log_pi - torch.min(*self.critic(z, pi))).mean()
+        alpha_loss = (alpha * (-log_pi - self.target_entropy).detach()).mean()
+        metrics = {"actor_loss": actor_loss, "alpha_loss": alpha_loss, "alpha": alpha, "entropy": -log_pi.mean()}
+        metrics["actor_grad_norm"] = self._step(actor_loss, self.actor_optimizer)
+        metrics["alpha_grad_norm"] = self._step(alpha_loss, self.alpha_optimizer)
+        return metrics
+
+    def _update_targets(self):
+        soft_update(self.critic, self.target_critic, self.config.critic_tau)
+        soft_update(self.encoder, self.target_encoder, self.config.encoder_tau)
+        if self.auxiliary:
+            self.auxiliary.update_targets()
+
     def _joint(self, batch, first, index, detailed):
         """Unlike the released code (docs/algorithm.md): one encoder step for the critic and auxiliary losses together.
 
@@ -266,8 +253,8 @@ class SAC(nn.Module):
             metrics.update(auxiliary_metrics)
             metrics["auxiliary_grad_norm"] = self._backward(loss, self.auxiliary_optimizer, leaves[1])
             if detailed:
-                head_norms = [self._head_grad_norm(f, z) for f, z in zip((all_features, features), leaves, strict=True)]
-                metrics["head_grad_ratio"] = head_norms[1] / head_norms[0]
+                critic_norm = self._head_grad_norm(all_features, leaves[0])
+                metrics["head_grad_ratio"] = self._head_grad_norm(features, leaves[1]) / critic_norm
             metrics.update(self._balance(*leaves))
             self._auxiliary_step(index, metrics["auxiliary_grad_norm"], leaves[1])
 
@@ -282,19 +269,16 @@ class SAC(nn.Module):
         return metrics
 
     def _balance(self, z_critic, z_auxiliary):
-        """Scale the auxiliary loss's gradient at the latent to `grad_ratio` times the norm of the critic's.
+        """Scale the auxiliary loss's gradient at the latent to `--cody_grad_ratio` times the norm of the critic's.
 
-        Args:
-            z_critic, z_auxiliary: latents with the respective loss's gradient; norms are over the whole batch.
-
-        Returns:
-            Metrics: the ratio of the norms before scaling, and the scale.
+        Norms are over the whole batch. Returns metrics: the ratio of the norms before scaling, and the scale.
         """
+        ratio = self.config.cody_grad_ratio
         critic_norm, auxiliary_norm = z_critic.grad.norm(), z_auxiliary.grad.norm()
         metrics = {"latent_grad_ratio": auxiliary_norm / critic_norm}
-        if self.auxiliary.grad_ratio is not None:
+        if ratio is not None:
             auxiliary_norm = auxiliary_norm.clamp_min(torch.finfo().tiny)  # avoid 0 / 0
-            scale = (self.auxiliary.grad_ratio * critic_norm / auxiliary_norm).clamp_max(MAX_GRAD_SCALE)
+            scale = (ratio * critic_norm / auxiliary_norm).clamp_max(MAX_GRAD_SCALE)
             z_auxiliary.grad.mul_(scale)
             metrics["cody_grad_scale"] = scale
             metrics["cody_grad_scale_at_bound"] = (scale == MAX_GRAD_SCALE).float()
@@ -312,68 +296,20 @@ class SAC(nn.Module):
         auxiliary_due = self.auxiliary is not None and index % self.auxiliary.update_freq == 0
         return index % c.actor_update_freq == 0, index % c.critic_target_update_freq == 0, auxiliary_due
 
-    def _critic_latent(self, features):
-        """Conv features (B, feature_dim) -> the critic's z (B, d)."""
-        return self.encoder.head(features.detach() if self.config.detach_encoder else features)
-
-    def _update_targets(self):
-        soft_update(self.critic, self.target_critic, self.config.critic_tau)
-        soft_update(self.encoder, self.target_encoder, self.config.encoder_tau)
-        if self.auxiliary:
-            self.auxiliary.update_targets()
-
-    @torch.no_grad()
-    def target_q(self, batch, encoder, target_encoder):
-        """y = r + gamma * not_done * mean_k(min Q_target(o'_k, a'_k) - alpha * log pi(a'_k|o'_k)), (B, 1)."""
-        mu, log_std = self.actor(encoder.convs(batch.next_obs))
-        next_action, log_pi = squashed_sample(mu, log_std, torch.randn_like(mu))
-        q1, q2 = self.target_critic(target_encoder(batch.next_obs), next_action)
-        value = (torch.min(q1, q2) - self.log_alpha.exp() * log_pi).view(-1, len(batch.reward), 1).mean(dim=0)
-        return batch.reward + self.config.discount * batch.not_done * value
-
-    def _critic_loss(self, z, action, target_q):
-        """Critic loss averaged over the M augmentations in z (M * B, d), all with the same target."""
-        times = len(z) // len(action)
-        action, target_q = action.repeat(times, 1), target_q.repeat(times, 1)
-        q1, q2 = self.critic(z, action)
-        critic_loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
-        return critic_loss, {"critic_loss": critic_loss, "q": q1.mean(), "target_q": target_q.mean()}
-
-    def _update_actor(self, features):
-        """Step actor and temperature on conv features (B, feature_dim) without gradient."""
-        mu, log_std = self.actor(features)
-        pi, log_pi = squashed_sample(mu, log_std, torch.randn_like(mu))
-        with torch.no_grad():
-            z = self.encoder.head(features)
-        alpha = self.log_alpha.exp()
-        actor_loss = (alpha.detach() * log_pi - torch.min(*self.critic(z, pi))).mean()
-        norm = self._step(actor_loss, self.actor_optimizer)
-        alpha_loss = (alpha * (-log_pi - self.target_entropy).detach()).mean()
-        alpha_norm = self._step(alpha_loss, self.alpha_optimizer)
-        return {
-            "actor_loss": actor_loss,
-            "alpha_loss": alpha_loss,
-            "alpha": alpha,
-            "entropy": -log_pi.mean(),
-            "actor_grad_norm": norm,
-            "alpha_grad_norm": alpha_norm,
-        }
-
     def _auxiliary_step(self, index, norm, *leaves):
-        """Step the auxiliary task's optimizer, with its clip and its warm-up.
+        """Step the auxiliary task's optimizer, with the clip of its gradient and the warm-up of its rates.
 
         The clip bounds the norm over all gradients of the task's loss: `norm`, over the optimizer's own parameters, and
-        the gradients of the `leaves`, which another optimizer applies. The warm-up scales the learning rates and the
-        gradients of the leaves.
+        the gradients of the `leaves`, which another optimizer applies. The warm-up scales the latter with the rates.
         """
-        groups, task, c = self.auxiliary_optimizer.param_groups, self.auxiliary, self.config
-        if task.max_grad_norm is not None:
+        c, groups = self.config, self.auxiliary_optimizer.param_groups
+        if c.cody_max_grad_norm is not None:
             parameters = [p for group in groups for p in group["params"]]
             total = nn.utils.get_total_norm([norm, *(leaf.grad for leaf in leaves)])
-            nn.utils.clip_grads_with_norm_([*parameters, *leaves], task.max_grad_norm, total)
-        if task.warmup_updates:
+            nn.utils.clip_grads_with_norm_([*parameters, *leaves], c.cody_max_grad_norm, total)
+        if c.cody_warmup_updates:
             done = index - c.init_steps * c.updates_per_step  # updates before this one
-            share = min(1.0, (done + 1) / task.warmup_updates)
+            share = min(1.0, (done + 1) / c.cody_warmup_updates)
             for group, rate in zip(groups, self._auxiliary_rates, strict=True):
                 group["lr"] = share * rate
             for leaf in leaves:
@@ -388,11 +324,57 @@ class SAC(nn.Module):
 
     @staticmethod
     def _backward(loss, optimizer, *leaves):
-        """Backpropagate to the optimizer's own parameters only; returns the norm of their gradient.
-
-        `leaves`: further tensors that receive the gradient.
-        """
+        """Backpropagate to the optimizer's parameters and the `leaves` only; returns the norm over the parameters."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad()
         loss.backward(inputs=[*parameters, *leaves])
         return grad_norm(parameters)
+
+    def _make_optimizers(self, joint):
+        """One Adam per loss. The critic's and the auxiliary task's both step the encoder; if `joint`, its own does."""
+        c = self.config
+        shared = [] if joint else self._encoder_parameters
+
+        def adam(groups, lr=1e-3, beta=0.9, beta2=0.999):
+            return torch.optim.Adam(groups, lr, (beta, beta2), fused=True)
+
+        if joint:
+            self.encoder_optimizer = adam(self._encoder_parameters, c.encoder_lr, c.critic_beta)
+        self.critic_optimizer = adam([*shared, *self.critic.parameters()], c.critic_lr, c.critic_beta)
+        self.actor_optimizer = adam(self.actor.parameters(), c.actor_lr, c.actor_beta)
+        self.alpha_optimizer = adam([self.log_alpha], c.alpha_lr, c.alpha_beta)
+        if task := self.auxiliary:
+            own = [p for p in task.parameters() if p.requires_grad]
+            groups = [{"params": own, "lr": task.lr, "weight_decay": task.weight_decay}]
+            if not joint:
+                groups.append({"params": shared, "lr": task.encoder_lr})
+            self.auxiliary_optimizer = adam(groups, beta2=c.cody_beta2)
+            self._auxiliary_rates = [group["lr"] for group in groups]
+
+    @property
+    def optimizers(self):
+        """{name: optimizer}; with the networks they are the agent's whole state."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.optim.Optimizer)}
+
+    def images(self, batch):
+        """Augmented inputs and the auxiliary task's images: {name: (N, 3, H, W)}; none for states."""
+        if batch.obs.dim() != 4:
+            return {}
+        images = {f"augmented/{field}": getattr(batch, field)[:4, -3:] for field in self._augmented}  # newest frames
+        if self.auxiliary:
+            images.update(self.auxiliary.images(batch, self.encoder))
+        return images
+
+    def _compile(self):
+        """torch.compile every network, on CUDA with CUDA graphs."""
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        networks = [self.encoder.convs, self.encoder.head, self.target_encoder.convs, self.target_encoder.head]
+        networks += [self.actor, self.critic, self.target_critic]
+        networks += self.auxiliary.children() if self.auxiliary else []
+        for network in networks:
+            network.compile(dynamic=False, mode=mode)
+
+    def _begin(self):
+        """Tell CUDA graphs that they may overwrite all earlier outputs of the networks."""
+        if self.config.compile:
+            torch.compiler.cudagraph_mark_step_begin()

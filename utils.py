@@ -1,4 +1,4 @@
-"""Network utilities: seeds, weight initialisation, soft update, MLPs, gradient norms."""
+"""Network utilities: seeds, weight initialisation, soft update, MLPs, gradient norms, metrics of latents."""
 
 import random
 
@@ -81,3 +81,18 @@ def soft_update(net, target, tau):
 def grad_norm(parameters):
     """L2 norm over all gradients, a 0-d tensor; skips parameters without a gradient."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def latent_metrics(z, detailed=False):
+    """Norm and standard deviation of the latents (B, d); if detailed, also their effective rank."""
+    metrics = {"latent_norm": z.norm(dim=-1).mean(), "latent_std": z.std(dim=0).mean()}
+    if detailed:
+        metrics["latent_rank"] = effective_rank(z.detach())
+    return metrics
+
+
+def effective_rank(z):
+    """exp of the entropy of the normalised singular values of the centred batch (B, d) (Roy and Vetterli, 2007)."""
+    # svdvals raises on non-finite values, of which the loss gives the better message
+    singular_values = torch.linalg.svdvals(torch.nan_to_num(z - z.mean(dim=0)))
+    return torch.special.entr(singular_values / singular_values.sum()).sum().exp()

@@ -41,13 +41,7 @@ def to_device(tensor, device):
 
 
 class RawFrames:
-    """One tensor (slots, *frame_shape) on `device`, fully committed at construction.
-
-    Raises:
-        RuntimeError: torch cannot allocate the memory.
-    """
-
-    name = "raw"
+    """One tensor (slots, *frame_shape) on `device`; RuntimeError if torch cannot allocate it."""
 
     def __init__(self, slots, frame_shape, dtype, device):
         self._frames = torch.empty((slots, *frame_shape), dtype=dtype, device=device)
@@ -70,11 +64,8 @@ class RawFrames:
 class PackedFrames:
     """Packed frames in process memory; usage grows with the run."""
 
-    name = "lz4"
-
     def __init__(self, slots, frame_shape, dtype, device):
-        self._shape = tuple(frame_shape)
-        self._dtype = dtype
+        self._shape, self._dtype = frame_shape, dtype
         self._frames = [None] * slots  # (bytes, first frame of the episode); the frames of an episode share it
 
     @property

@@ -33,18 +33,12 @@ def record_type(action_dim):
 
 
 class Journal:
-    """Writer of the segments.
-
-    Args:
-        folder: the segments' folder, which must exist.
-        frame_shape, dtype: shape and NumPy dtype of a frame.
-        action_dim: |A|.
-    """
+    """Writes the segments to `folder`, which must exist; `frame_shape` and `dtype` (NumPy) describe a frame."""
 
     def __init__(self, folder, frame_shape, dtype, action_dim):
         self._folder = pathlib.Path(folder)
         self._header = {"frame_shape": list(frame_shape), "dtype": np.dtype(dtype).name, "action_dim": action_dim}
-        self._record = np.zeros((), record_type(action_dim))
+        self._record_type = record_type(action_dim)
         self._zeros = flat(np.zeros(frame_shape, dtype))
         self._full = {}  # file name -> (bytes, sha256) of the closed segments
         self._file = None
@@ -54,9 +48,7 @@ class Journal:
         if self._file is None or (age == 0 and self._size > SEGMENT_BYTES):
             self._begin_segment(position)
         packed = pack(frame, first if age else self._zeros)
-        record = self._record
-        record["size"], record["age"], record["reward"], record["terminated"] = len(packed), age, reward, terminated
-        record["action"] = action
+        record = np.array((len(packed), age, reward, terminated, action), self._record_type)
         self._write(record.tobytes() + packed)
 
     def _begin_segment(self, position):
@@ -80,7 +72,7 @@ class Journal:
         os.fsync(self._file.fileno())
         files = {**self._full, pathlib.Path(self._file.name).name: (self._size, self._sum.hexdigest())}
         for name, following in zip(sorted(files), sorted(files)[1:], strict=False):
-            if _position(following) <= oldest:
+            if int(following.removesuffix(SUFFIX)) <= oldest:
                 del files[name], self._full[name]
         return files
 
@@ -99,16 +91,8 @@ class Journal:
             self._sum.update(block)
 
 
-def _position(name):
-    return int(name.removesuffix(SUFFIX))
-
-
 def header_of(folder):
-    """The header of the first segment in `folder`, a dict.
-
-    Raises:
-        FileNotFoundError: there is no segment, or no header in it yet.
-    """
+    """The header of the first segment in `folder`, a dict; FileNotFoundError if there is none yet."""
     paths = sorted(pathlib.Path(folder).glob(f"*{SUFFIX}"))
     if not paths:
         raise FileNotFoundError(f"{folder}: no {SUFFIX} file; --keep_checkpoint keeps those of a finished run")
@@ -122,9 +106,7 @@ def header_of(folder):
 def read(folder, files=None):
     """Yield (position, frame, age, action, reward, terminated) of every frame, in the order of the stream.
 
-    Args:
-        folder: the segments' folder.
-        files: the dict that `commit` returned, or None for all segments, up to the last complete record.
+    `files` is the dict that `commit` returned, or None for all segments, up to the last complete record.
     """
     folder = pathlib.Path(folder)
     if files is None:
@@ -139,19 +121,12 @@ def read(folder, files=None):
         shape, dtype, position = header["frame_shape"], header["dtype"], header["position"]
         first = zeros = flat(np.zeros(shape, dtype))
         while len(data) >= start + kind.itemsize:
-            record = np.frombuffer(data, kind, 1, start)[0]
-            start, end = start + kind.itemsize, start + kind.itemsize + int(record["size"])
+            size, age, reward, terminated, action = np.frombuffer(data, kind, 1, start)[0]
+            start, end = start + kind.itemsize, start + kind.itemsize + int(size)
             if end > len(data):
                 break
             frame = np.empty(shape, dtype)
-            unpack(data[start:end], first if record["age"] else zeros, frame)
-            first = first if record["age"] else flat(frame)
-            yield (
-                position,
-                frame,
-                int(record["age"]),
-                record["action"],
-                float(record["reward"]),
-                bool(record["terminated"]),
-            )
+            unpack(data[start:end], first if age else zeros, frame)
+            first = first if age else flat(frame)
+            yield position, frame, int(age), action, float(reward), bool(terminated)
             position, start = position + 1, end

@@ -346,7 +346,7 @@ def test_layers_and_sizes_without_a_table(random_batch, layers, size, agent):
 
 def test_diagnostics(small_agent, random_batch):
     """Instability made visible: each number against its definition."""
-    from cody import effective_rank
+    from utils import effective_rank
 
     torch.manual_seed(0)
     z = torch.randn(64, 3, dtype=torch.float64) @ torch.randn(3, 10, dtype=torch.float64)
