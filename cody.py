@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sac import AuxiliaryTask
+from auxiliary import AuxiliaryTask
 from utils import latent_metrics, mlp, soft_update, weight_init
 
 CODE_DIM = 16  # dimension of an encoded action
@@ -67,11 +67,20 @@ def contrastive_metrics(logits, nce):
     return {"info_nce": nce, "mi_bound": math.log(len(logits)) - nce, "contrastive_accuracy": accuracy}
 
 
-class CoDy(AuxiliaryTask):
+class CoDyTask(AuxiliaryTask):
+    """The step that both objectives share."""
+
+    def __init__(self, config):
+        super().__init__(config, config.cody_lr, config.encoder_lr + config.cody_lr)
+        self.beta2, self.warmup_updates = config.cody_beta2, config.cody_warmup_updates
+        self.max_grad_norm, self.grad_ratio = config.cody_max_grad_norm, config.cody_grad_ratio
+
+
+class CoDy(CoDyTask):
     """InfoNCE + omega * KL; the constructor chooses its parts by the flags."""
 
     def __init__(self, config, latent_dim, action_dim):
-        super().__init__(config, config.cody_lr, config.encoder_lr + config.cody_lr)
+        super().__init__(config)
         c, d, hidden_dim = config, latent_dim, config.hidden_dim
         u_dim = d + (c.reward_prediction == "contrastive")
         self.action_encoder = action_code(action_dim) if c.action_encoder else nn.Identity()
@@ -158,13 +167,13 @@ class CoDy(AuxiliaryTask):
         return cody_loss, metrics
 
 
-class PublishedCoDy(AuxiliaryTask):
+class PublishedCoDy(CoDyTask):
     """The objective of the 2022 paper: L1 + omega * L2 + beta * L3; see docs/algorithm.md."""
 
     augmented = {"second_obs": "obs"}
 
     def __init__(self, config, latent_dim, action_dim):
-        super().__init__(config, config.cody_lr, config.encoder_lr + config.cody_lr)
+        super().__init__(config)
         d = latent_dim
         self.action_encoder = action_code(action_dim)
         self.dynamics = nn.Sequential(mlp(d + CODE_DIM, config.hidden_dim, d, hidden_layers=2), nn.LayerNorm(d))

@@ -33,17 +33,16 @@ def tag(metric):
 
 
 # custom scalars page, {category: {chart: ...}}; the same in every run, since the page merges all runs' layouts
-LAYOUT = {
-    "CoDy": {
-        "evaluation return": ["Multiline", [tag("eval_episode_reward")]],
-        "training return": ["Multiline", [tag("train_episode_reward")]],
-        "MI bound": ["Multiline", [tag("mi_bound")]],
-        "KL": ["Multiline", [tag("kl")]],
-        "critic loss": ["Multiline", [tag("critic_loss")]],
-        "actor loss": ["Multiline", [tag("actor_loss")]],
-        "CoDy loss": ["Multiline", [tag("cody_loss")]],
-    }
+TITLES = {
+    "evaluation return": "eval_episode_reward",
+    "training return": "train_episode_reward",
+    "MI bound": "mi_bound",
+    "KL": "kl",
+    "critic loss": "critic_loss",
+    "actor loss": "actor_loss",
+    "CoDy loss": "cody_loss",
 }
+LAYOUT = {"CoDy": {title: ["Multiline", [tag(metric)]] for title, metric in TITLES.items()}}
 
 METRICS = {  # columns of the HPARAMS table: {tag: heading}
     tag("eval_episode_reward"): "final evaluation return",
@@ -60,11 +59,7 @@ class Dashboard:
         self._purge_step = 0  # environment step from which TensorBoard discards earlier events
 
     def open(self):
-        """Start a new event file, which tells TensorBoard the step at which a run resumes; needs the run's args.json.
-
-        Raises:
-            OSError: Weights & Biases refused the run.
-        """
+        """Start a new event file, which tells TensorBoard where a run resumes; needs the run's args.json."""
         if not self._config.save_tb:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -100,11 +95,7 @@ class Dashboard:
                 self._writer.add_histogram(f"weights/{name}", parameter.detach().cpu(), env_step)
 
     def lengths(self):
-        """Flush the events to disk; returns {file name: length in bytes}.
-
-        Raises:
-            OSError: a write failed.
-        """
+        """Flush the events to disk; returns {file name: length in bytes}."""
         if self._writer:
             self._writer.flush()
         return {path.name: sync(path) for path in self._event_files()}
@@ -142,10 +133,8 @@ class Dashboard:
 def _open_wandb(folder, config):
     """A Weights & Biases run that uploads all event files created from now on; it writes only to `folder`.
 
-    Its process has a session of its own, so that Ctrl-C in a terminal does not reach it.
-
-    Raises:
-        OSError: Weights & Biases refused the run.
+    Its process has a session of its own, so that Ctrl-C in a terminal does not reach it. Raises `OSError` if Weights &
+    Biases refuses the run.
     """
     for name in ("CACHE", "DATA"):
         os.environ.setdefault(f"WANDB_{name}_DIR", str(folder.resolve() / "wandb"))
@@ -176,9 +165,6 @@ def write_hparams_config(folder, flags):
     """Restrict the HPARAMS table of the runs below `folder` to these flags and the returns.
 
     Writes one event file, always at the same path and only if it changes.
-
-    Raises:
-        OSError: the write failed.
     """
     metrics = [hp.Metric(name, display_name=heading) for name, heading in METRICS.items()]
     config = hp.hparams_config_pb([hp.HParam(flag) for flag in flags], metrics, time_created_secs=0)

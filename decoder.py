@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sac import AuxiliaryTask
+from auxiliary import AuxiliaryTask
 from utils import latent_metrics, weight_init
 
 BITS = 5  # pixels are quantised to 2^5 levels

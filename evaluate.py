@@ -14,7 +14,7 @@ from typing import Literal
 
 import rendering
 from agent import make_agent
-from config import parse_flags
+from command_line import parse_flags
 from endings import EXPECTED, Ending, Refused, RunEnded, end
 from env_worker import open_eval_envs
 from episodes import eval_seed, evaluate, summary

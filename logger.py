@@ -45,12 +45,7 @@ COLLAPSE_AFTER = 2_000  # updates; new encoders look collapsed, healthy runs sta
 
 
 class Logger:
-    """Collects metrics on the device and writes them to the logs, the console and the dashboard.
-
-    Args:
-        folder: the run's folder, for train.log, eval.log and tb/.
-        config: see config.py.
-    """
+    """Collects metrics on the device and writes them to the logs, the console and the dashboard of a run's folder."""
 
     def __init__(self, folder, config):
         self._folder = pathlib.Path(folder)
@@ -80,8 +75,7 @@ class Logger:
     def fetch(self):
         """Copy the recorded metrics to the host; their means go to the dashboard and into the next train row.
 
-        Raises:
-            Diverged: a loss is not finite; the message names the first one, its step and the last metrics.
+        Raises `Diverged` if a loss is not finite; the message names the first one, its step and the last metrics.
         """
         if not self._unread:
             return
@@ -218,11 +212,7 @@ class Logger:
             sys.stdout.flush()  # for tail -f on redirected output
 
     def flush(self):
-        """Flush all logs and events to disk; returns {event file: length in bytes}.
-
-        Raises:
-            OSError: a write failed.
-        """
+        """Flush all logs and events to disk; returns {event file: length in bytes}."""
         for path in self._folder.glob("*.log"):
             sync(path)
         return self._dashboard.lengths()

@@ -17,7 +17,7 @@ from typing import Literal
 import matplotlib
 import tyro
 
-from config import parse_flags
+from command_line import parse_flags
 from endings import EXPECTED, Refused, end
 from experiments.figures import as_pictures, draw_curves, draw_diagnostics
 from experiments.scores import EVALUATION, MADE_BY, evaluations, read_scores, varied, warnings_about, with_curves

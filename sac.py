@@ -1,6 +1,6 @@
 """Soft actor-critic from pixels (Haarnoja et al., arXiv 1812.05905; Yarats et al., arXiv 1910.01741).
 
-`SAC` owns the encoder and trains it with the critic's loss and, optionally, the loss of one `AuxiliaryTask`.
+`SAC` owns the encoder and trains it with the critic's loss and, optionally, the loss of one `auxiliary.AuxiliaryTask`.
 """
 
 import copy
@@ -54,31 +54,6 @@ class Critic(nn.Module):
     def forward(self, z, action):
         z_a = torch.cat([self.latent_input(z), action], dim=-1)
         return self.Q1(z_a), self.Q2(z_a)
-
-
-class AuxiliaryTask(nn.Module):
-    """A second loss that trains the encoder, with networks of its own.
-
-    Subclasses define
-        loss(batch, z, encoder, target_encoder, detailed) -> (loss, metrics), where z = encoder(batch.obs) with gradient
-    `lr` is the learning rate of the task's own parameters, `encoder_lr` the encoder's in the task's step. Other flags
-    of that step, such as --cody_beta2, keep their defaults unless the task is CoDy's; config.py sees to it.
-    """
-
-    augmented = {}  # field of Batch -> the field that it augments, in addition to `obs` and `next_obs`
-    update_freq = 1  # updates between the task's steps
-    weight_decay = 0  # of the task's own parameters
-
-    def __init__(self, config, lr, encoder_lr):
-        super().__init__()
-        self.config, self.lr, self.encoder_lr = config, lr, encoder_lr
-
-    def update_targets(self):
-        """EMA step of the task's own target networks."""
-
-    def images(self, batch, encoder):
-        """Images for TensorBoard: {name: (N, 3, H, W)}."""
-        return {}
 
 
 class SAC(nn.Module):
@@ -269,11 +244,11 @@ class SAC(nn.Module):
         return metrics
 
     def _balance(self, z_critic, z_auxiliary):
-        """Scale the auxiliary loss's gradient at the latent to `--cody_grad_ratio` times the norm of the critic's.
+        """Scale the auxiliary loss's gradient at the latent to the task's `grad_ratio` times the norm of the critic's.
 
         Norms are over the whole batch. Returns metrics: the ratio of the norms before scaling, and the scale.
         """
-        ratio = self.config.cody_grad_ratio
+        ratio = self.auxiliary.grad_ratio
         critic_norm, auxiliary_norm = z_critic.grad.norm(), z_auxiliary.grad.norm()
         metrics = {"latent_grad_ratio": auxiliary_norm / critic_norm}
         if ratio is not None:
@@ -302,14 +277,14 @@ class SAC(nn.Module):
         The clip bounds the norm over all gradients of the task's loss: `norm`, over the optimizer's own parameters, and
         the gradients of the `leaves`, which another optimizer applies. The warm-up scales the latter with the rates.
         """
-        c, groups = self.config, self.auxiliary_optimizer.param_groups
-        if c.cody_max_grad_norm is not None:
+        c, task, groups = self.config, self.auxiliary, self.auxiliary_optimizer.param_groups
+        if task.max_grad_norm is not None:
             parameters = [p for group in groups for p in group["params"]]
             total = nn.utils.get_total_norm([norm, *(leaf.grad for leaf in leaves)])
-            nn.utils.clip_grads_with_norm_([*parameters, *leaves], c.cody_max_grad_norm, total)
-        if c.cody_warmup_updates:
+            nn.utils.clip_grads_with_norm_([*parameters, *leaves], task.max_grad_norm, total)
+        if task.warmup_updates:
             done = index - c.init_steps * c.updates_per_step  # updates before this one
-            share = min(1.0, (done + 1) / c.cody_warmup_updates)
+            share = min(1.0, (done + 1) / task.warmup_updates)
             for group, rate in zip(groups, self._auxiliary_rates, strict=True):
                 group["lr"] = share * rate
             for leaf in leaves:
@@ -348,7 +323,7 @@ class SAC(nn.Module):
             groups = [{"params": own, "lr": task.lr, "weight_decay": task.weight_decay}]
             if not joint:
                 groups.append({"params": shared, "lr": task.encoder_lr})
-            self.auxiliary_optimizer = adam(groups, beta2=c.cody_beta2)
+            self.auxiliary_optimizer = adam(groups, beta2=task.beta2)
             self._auxiliary_rates = [group["lr"] for group in groups]
 
     @property

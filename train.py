@@ -153,11 +153,7 @@ class Run:
             self.checkpoints.free()
 
     def complete(self):
-        """Train and finish, or record in run.json why the run stopped.
-
-        Raises:
-            RunEnded: the run stopped or diverged; the message names its folder and the reason.
-        """
+        """Train and finish, or record in run.json why the run stopped and raise `RunEnded`."""
         try:
             try:
                 self.train()
@@ -205,16 +201,16 @@ def prepare():
     parts = {"progress": progress, "agent": agent, **agent.optimizers, "replay": replay, "env": env, "logger": logger}
     parts["randomness"] = GlobalRandomness()
     made_with = provenance(device)
-    if not resumes:
-        folder.begin(0, made_with)
-    checkpoints = Checkpoints(folder.path, parts, config.checkpoint_minutes, made_with, logger.message)
-    replay.open_journal(folder.path / CHECKPOINT)
-    if not checkpoints.load():
-        logger.drop_newer({})  # rows from before the first checkpoint
-        replay.begin_episode(env.reset())
-    if resumes:
-        folder.begin(progress.step, made_with)
     try:
+        if not resumes:
+            folder.begin(0, made_with)
+        checkpoints = Checkpoints(folder.path, parts, config.checkpoint_minutes, made_with, logger.message)
+        replay.open_journal(folder.path / CHECKPOINT)
+        if not checkpoints.load():
+            logger.drop_newer({})  # rows from before the first checkpoint
+            replay.begin_episode(env.reset())
+        if resumes:
+            folder.begin(progress.step, made_with)
         logger.open()
     except OSError as error:
         folder.undo(error)

@@ -60,14 +60,10 @@ def load_model(agent, folder, step=None):
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run, saved every `minutes`.
 
-    Args:
-        folder: the run's folder.
-        parts: {name: object with a state_dict}; one is `replay`, which also writes its own files.
-        minutes: the interval between checkpoints.
-        made_with: dict of everything that bit-exact results depend on: versions, threads, processor.
-        message: function that prints a line for the user.
+    `parts` are {name: object with a state_dict}; one is `replay`, which also writes its own files. `made_with` holds
+    all that bit-exact results depend on, see `provenance`; `message` prints a line for the user.
     """
 
     def __init__(self, folder, parts, minutes, made_with, message):

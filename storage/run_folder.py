@@ -345,11 +345,7 @@ class RunFolder:
             args = {**before, **args, "continued": [*before.get("continued", []), {"step": step, **now}]}
         else:
             args |= now
-        try:
-            write_json(self.path / "args.json", args)
-        except OSError as error:
-            self.undo(error)
-            raise
+        write_json(self.path / "args.json", args)
         self.report(state="running")
 
     def undo(self, error):
@@ -372,9 +368,8 @@ class RunFolder:
         self._status.update(status)
         self._time = time.monotonic()
         here = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-        c = self._config
-        steps = {"env_step": self._status["step"] * c.action_repeat, "num_train_steps": c.num_train_steps}
-        write_json(self.path / "run.json", {**self._status, **steps, **here})
+        env_step, total = self._status["step"] * self._config.action_repeat, self._config.num_train_steps
+        write_json(self.path / "run.json", {**self._status, "env_step": env_step, "num_train_steps": total, **here})
 
     def release(self):
         """Release the lock, so that another process may write here."""

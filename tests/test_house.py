@@ -14,7 +14,7 @@ FILES = {  # module: path
     for path in [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]
 }
 COMMANDS = {"train", "evaluate", "sweep", "plot"}
-NETWORKS = {"sac", "cody", "decoder", "encoder", "augment", "utils", "agent"}
+NETWORKS = {"sac", "cody", "decoder", "encoder", "augment", "utils", "agent", "auxiliary"}
 STORAGE = {name for name in FILES if name.startswith("storage.")}
 EXPERIMENTS = {name for name in FILES if name.startswith("experiments.")}
 ENVIRONMENTS = {"dmc2gym", "env_worker", "rendering"}
