@@ -15,14 +15,13 @@ import tempfile
 import time
 
 import psutil
-import torch
 
 import train
+from benchmarks import command, describe_machine, fill, random_episode
 from config import parse, parse_flags
-from endings import EXPECTED, end
-from machine import choose_device, keep_freed_memory, limit_threads
+from machine import choose_device, keep_freed_memory
 from storage.checkpoint import Checkpoints
-from storage.run_folder import git_commit
+from storage.run_folder import CHECKPOINT
 from utils import GlobalRandomness
 
 
@@ -40,47 +39,22 @@ class Args:
     """Flags of train.py."""
 
 
-def episode(env):
-    """[(obs, action, reward, terminated)] of a random policy; the first has no action."""
-    rows, over = [(env.reset(), None, 0.0, False)], False
-    while not over:
-        action = env.action_space.sample()
-        env.start(action)
-        obs, reward, terminated, truncated = env.finish()
-        over = terminated or truncated
-        rows.append((obs, action, reward, terminated))
-    return rows
-
-
-def play(replay, rows):
-    """Add the rows of `episode` to the replay; returns the seconds this took."""
-    start = time.perf_counter()
-    for obs, action, reward, terminated in rows:
-        if action is None:
-            replay.begin_episode(obs)
-        else:
-            replay.add(action, reward, obs, terminated)
-    return time.perf_counter() - start
-
-
-def make(config, folder, device):
+def make(config, folder):
     """(checkpoints, env, replay, agent) of a run in `folder`."""
-    env, _, replay, agent = train.build(config, device)
-    replay.open_journal(folder / "checkpoint")
+    env, _, replay, agent = train.build(config, choose_device(config.device))
     parts = {"agent": agent, **agent.optimizers, "replay": replay, "env": env, "randomness": GlobalRandomness()}
-    return Checkpoints(folder, parts, config.checkpoint_minutes, {}, print), env, replay, agent
+    checkpoints = Checkpoints(folder, parts, config.checkpoint_minutes, {}, print)
+    replay.open_journal(folder / CHECKPOINT)
+    return checkpoints, env, replay, agent
 
 
 def measure(args, config, folder):
     """Measure and print all numbers."""
-    device = choose_device(config.device)
-    checkpoints, env, replay, agent = make(config, folder, device)
-    episodes = [episode(env) for _ in range(args.episodes)]
-    seconds, transitions = 0.0, 0
-    while transitions < args.transitions:
-        rows = episodes[transitions % len(episodes)]
-        seconds += play(replay, rows)
-        transitions += len(rows) - 1
+    checkpoints, env, replay, agent = make(config, folder)
+    episodes = [random_episode(env) for _ in range(args.episodes)]
+    start = time.perf_counter()
+    transitions = fill(replay, episodes, args.transitions)
+    journal = (time.perf_counter() - start) / transitions
     agent.update(agent.augment(replay.sample(config.batch_size)), 0)  # creates the optimizers' state
     env.reset()
     saves = []
@@ -88,38 +62,33 @@ def measure(args, config, folder):
         start = time.perf_counter()
         checkpoints.save()
         saves.append(time.perf_counter() - start)
-        play(replay, episodes[0])
+        transitions += fill(replay, episodes, 1)
     start = time.perf_counter()
-    again, *_ = make(config, folder, device)
-    built = time.perf_counter() - start
-    start = time.perf_counter()
+    again, *_ = make(config, folder)
+    built = time.perf_counter()
     again.load()
-    loaded = time.perf_counter() - start
-    sizes = {suffix: sum(p.stat().st_size for p in folder.rglob(f"*{suffix}")) for suffix in (".pt", ".replay")}
+    loaded = time.perf_counter()
+    networks, frames = (sum(path.stat().st_size for path in folder.rglob(f"*.{kind}")) for kind in ("pt", "replay"))
     save, minutes = statistics.median(saves), config.checkpoint_minutes
     print(f"save {save:.2f} s (the first {saves[0]:.2f} s), {save / (60 * minutes):.2%} of {minutes:g} minutes")
-    print(f"load {loaded:.2f} s, beside {built:.1f} s to build the run")
-    print(f"journal: {seconds / transitions * 1e6:.0f} us a transition, stored and written")
-    print(f"networks and optimizers {sizes['.pt'] / 2e6:.0f} MB, twice")
-    per_transition = sizes[".replay"] / (transitions + args.saves * (len(episodes[0]) - 1))
-    print(f"replay on disk {per_transition / 1e3:.2f} KB a transition, {per_transition / 10:.0f} MB per 100,000")
+    print(f"load {loaded - built:.2f} s, beside {built - start:.1f} s to build the run")
+    print(f"journal: {journal * 1e6:.0f} us a transition, stored and written")
+    print(f"networks and optimizers {networks / 2e6:.0f} MB, twice")
+    on_disk = frames / transitions
+    print(f"replay on disk {on_disk / 1e3:.2f} KB a transition, {on_disk / 10:.0f} MB per 100,000")
     print(f"process {psutil.Process().memory_info().rss / 1e9:.2f} GB")
     print(f"replay in memory {replay.nbytes / replay.slots / 1e3:.2f} KB a transition ({replay.description})")
 
 
+@command()
 def main():
     keep_freed_memory()
-    limit_threads()
-    try:
-        args = parse_flags(Args)
-        capacity = f"--replay_buffer_capacity {args.transitions}"
-        config = parse(f"{capacity} --num_train_steps {args.transitions + 10_000} --no_env_worker {args.flags}".split())
-        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, commit {git_commit()}", flush=True)
-        with tempfile.TemporaryDirectory(dir=".") as folder:
-            (pathlib.Path(folder) / "checkpoint").mkdir()
-            measure(args, config, pathlib.Path(folder))
-    except EXPECTED as error:
-        end(error)
+    args = parse_flags(Args)
+    sizes = f"--replay_buffer_capacity {args.transitions} --num_train_steps {args.transitions + 10_000}"
+    config = parse(f"{sizes} --no_env_worker {args.flags}".split())
+    describe_machine(choose_device(config.device))
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        measure(args, config, pathlib.Path(folder))
 
 
 if __name__ == "__main__":
