@@ -18,7 +18,8 @@ from typing import Annotated
 
 import tyro
 
-from config import Config, parse_flags, shorten
+from command_line import parse_flags, shorten
+from config import Config
 from endings import EXPECTED, Refused, end, listen
 from experiments.grid import HERE, command, is_over, load_runs, locked, merge, plan, store
 from experiments.processes import Scheduler

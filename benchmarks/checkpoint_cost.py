@@ -18,7 +18,8 @@ import psutil
 
 import train
 from benchmarks import command, describe_machine, fill, random_episode
-from config import parse, parse_flags
+from command_line import parse_flags
+from config import parse
 from machine import choose_device, keep_freed_memory
 from storage.checkpoint import Checkpoints
 from storage.run_folder import CHECKPOINT

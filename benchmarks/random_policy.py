@@ -12,7 +12,8 @@ import dataclasses
 import statistics
 
 from benchmarks import command, random_episode
-from config import TASK_TABLE, Config, complete, parse_flags
+from command_line import parse_flags
+from config import TASK_TABLE, Config, complete
 from endings import Refused
 from env_worker import SerialEnv
 

@@ -21,7 +21,7 @@ import tyro
 from torch import nn
 
 from benchmarks import command, describe_machine, random_episode, throughput
-from config import parse_flags
+from command_line import parse_flags
 from endings import Refused
 from env_worker import open_env
 from machine import limit_threads

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agent import make_agent
 from benchmarks import command, describe_machine, fill, random_episode
-from config import parse, parse_flags
+from command_line import parse_flags
+from config import parse
 from endings import Refused
 from env_worker import open_env
 from machine import bf16_time_ratio, choose_device, keep_freed_memory, limit_threads

@@ -11,7 +11,8 @@ import sys
 
 import dashboard
 import dmc2gym
-from config import UNCHANGING, Config, parse, shorten
+from command_line import shorten
+from config import UNCHANGING, Config, parse
 from endings import Refused, RunEnded
 from machine import check_machine, choose_device
 from storage.run_folder import check_writable, load_sweep, parse_run, write_json

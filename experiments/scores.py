@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from config import UNCHANGING, Config, complete, parse_flags
+from command_line import parse_flags
+from config import UNCHANGING, Config, complete
 from endings import Refused
 from storage.run_folder import find_runs, load_args, load_rows, load_state, load_sweep
 

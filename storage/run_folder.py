@@ -28,7 +28,8 @@ import time
 
 import endings
 import rendering
-from config import UNCHANGING, Config, check, complete, parse_flags, shorten
+from command_line import parse_flags, shorten
+from config import UNCHANGING, Config, check, complete
 from endings import Refused, RunEnded, signals_kept_from_children
 
 CHECKPOINT = "checkpoint"  # the folder's name
