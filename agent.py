@@ -12,10 +12,7 @@ from sac import SAC
 
 
 def make_agent(config, obs_shape, action_dim, device):
-    """The agent for the environment's `obs_shape`, (C, H, W), or (n,) for states.
-
-    Raises Refused if the networks do not fit in memory.
-    """
+    """The agent for the environment's `obs_shape`, (C, H, W), or (n,) for states; `Refused` if it needs more memory."""
     augment = crop = _unchanged
     if config.encoder_type != "identity":
         size = config.image_size

@@ -22,32 +22,32 @@ def shorten(value) -> str:
 def parse_flags(flags, args=None, default=None):
     """Command line -> instance of the dataclass `flags`; missing flags come from the instance `default`.
 
-    `flags.groups`, if there is such an attribute, gives --help its groups: {title: base class with the flags}. --help
-    prints and exits; bad input raises `Refused`.
+    --help shows the flags of each base class as a group. It prints and exits; bad input raises `Refused`.
     """
     args = sys.argv[1:] if args is None else list(args)
     _check_words(flags, args)
+    groups = [base for base in reversed(flags.__bases__) if dataclasses.is_dataclass(base)]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            if not hasattr(flags, "groups"):
+            if not groups:
                 return tyro.cli(flags, args=args, default=default, use_underscores=True)
-            parts = tyro.cli(_in_groups(default or flags()), args=args, use_underscores=True)
-            return flags(**{name: value for part in vars(parts).values() for name, value in vars(part).items()})
+            parts = tyro.cli(_nested(flags, groups, default or flags()), args=args, use_underscores=True)
     except SystemExit as exit_:
         if not exit_.code:
             raise
         raise Refused(_one_line(errors.getvalue())) from None
+    return flags(**{name: value for part in vars(parts).values() for name, value in vars(part).items()})
 
 
-def _in_groups(default):
-    """A class for tyro with one field per group of flags, which has the values of `default`."""
+def _nested(flags, groups, default):
+    """The class that makes tyro show groups: a dataclass with one field per group, with the values of `default`."""
     fields = []
-    for title, group in default.groups.items():
+    for group in groups:
         values = {field.name: getattr(default, field.name) for field in dataclasses.fields(group)}
-        fields.append((title, group, group(**values)))
+        fields.append((group.__name__.removesuffix("Flags"), group, group(**values)))
     nested = dataclasses.make_dataclass("Flags", fields, frozen=True)
-    nested.__doc__ = default.__doc__
+    nested.__doc__ = flags.__doc__
     return tyro.conf.OmitArgPrefixes[nested]
 
 
@@ -79,11 +79,7 @@ def _check_words(flags, args) -> None:
 
 
 def _one_line(box: str) -> str:
-    """tyro's boxed message as one line."""
-    lines = []
-    for line in box.splitlines()[1:]:
-        line = line.strip("│╰╯╭╮─|+- ")  # - and + on ASCII terminals
-        if line.startswith(("Argument helptext", "For full helptext")):
-            break
-        lines.append(line)
+    """tyro's boxed message as one line, without its pointers to --help."""
+    message = re.split("Argument helptext|For full helptext", box.partition("\n")[2])[0]
+    lines = (line.strip("│╰╯╭╮─|+- ") for line in message.splitlines())  # - and + on ASCII terminals
     return " ".join(" ".join(lines).split())

@@ -242,23 +242,10 @@ class OutputFlags:
     """Write the networks to model/ at each evaluation; evaluate.py reads them."""
 
 
-GROUPS = {  # title in --help: its flags
-    "task": TaskFlags,
-    "training": TrainingFlags,
-    "speed": SpeedFlags,
-    "SAC": SACFlags,
-    "encoder": EncoderFlags,
-    "CoDy": CoDyFlags,
-    "decoder": DecoderFlags,
-    "output": OutputFlags,
-}
-
-
+# --help shows each base class as a group; the last comes first, in Python's order of inheritance
 @dataclasses.dataclass(frozen=True)
-class Config(*reversed(GROUPS.values())):
+class Config(OutputFlags, DecoderFlags, CoDyFlags, EncoderFlags, SACFlags, SpeedFlags, TrainingFlags, TaskFlags):
     """Train SAC from pixels on a DeepMind Control task, its encoder shared with the CoDy auxiliary task."""
-
-    groups = GROUPS
 
     @property
     def max_episode_steps(self) -> int:
@@ -296,10 +283,15 @@ AT_LEAST_1 = (
     "critic_target_update_freq actor_update_freq encoder_feature_dim num_layers num_filters log_interval "
     "updates_per_step predictor_layers decoder_update_freq target_augmentations critic_augmentations"
 ).split()
-POSITIVE = "checkpoint_minutes critic_lr actor_lr alpha_lr encoder_lr cody_lr decoder_lr init_temperature".split()
+POSITIVE = (
+    "checkpoint_minutes critic_lr actor_lr alpha_lr encoder_lr cody_lr decoder_lr init_temperature cody_max_grad_norm "
+    "cody_grad_ratio"
+).split()
 FRACTIONS = "critic_tau encoder_tau".split()
 BETAS = "critic_beta actor_beta alpha_beta cody_beta2".split()
-WEIGHTS = "omega_cody_loss beta_cody_loss decoder_latent_lambda decoder_weight_lambda".split()
+NOT_NEGATIVE = (
+    "omega_cody_loss beta_cody_loss decoder_latent_lambda decoder_weight_lambda cody_warmup_updates"
+).split()
 
 VARIANTS = (
     "kl_prior kl_encoder key_encoder dynamics_layer_norm reward_prediction reward_norm action_encoder projection "
@@ -325,15 +317,11 @@ def _ranges(c: Config):
     floats = [f.name for f in dataclasses.fields(c) if isinstance(getattr(c, f.name), float)]
     yield from ((math.isfinite(getattr(c, flag)), flag, "must be finite") for flag in floats)
     yield from ((getattr(c, flag) >= 1, flag, "must be at least 1") for flag in AT_LEAST_1)
-    yield from ((getattr(c, flag) > 0, flag, "must be positive") for flag in POSITIVE)
+    yield from ((getattr(c, flag) is None or getattr(c, flag) > 0, flag, "must be positive") for flag in POSITIVE)
     yield from ((0 < getattr(c, flag) <= 1, flag, "must be in (0, 1]") for flag in FRACTIONS)
     yield from ((0 <= getattr(c, flag) < 1, flag, "must be in [0, 1)") for flag in BETAS)
     yield 0 <= c.discount <= 1, "discount", "must be in [0, 1]"
-    yield from ((getattr(c, flag) >= 0, flag, "must not be negative") for flag in WEIGHTS)
-    for flag in ("cody_max_grad_norm", "cody_grad_ratio"):
-        value = getattr(c, flag)
-        yield value is None or value > 0, flag, "must be positive"
-    yield c.cody_warmup_updates >= 0, "cody_warmup_updates", "must not be negative"
+    yield from ((getattr(c, flag) >= 0, flag, "must not be negative") for flag in NOT_NEGATIVE)
     yield c.divergence_factor > 1, "divergence_factor", "must be above 1"
     yield 0 <= c.seed < 2**32, "seed", "must be -1 (drawn for you) or in [0, 2^32)"
     below = f"must be below the {EPISODE_LENGTH} steps of an episode, so that it has two decisions or more"

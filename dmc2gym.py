@@ -108,8 +108,7 @@ class DMCEnv(gymnasium.Env):
         self._from_pixels = from_pixels
         self._height, self._width = height, width
         self._camera_id = _camera(self.physics, domain_name, task_name, camera_id)
-        self._frame_skip = frame_skip
-        self._channels_first = channels_first
+        self._frame_skip, self._channels_first = frame_skip, channels_first
         self._max_steps = math.ceil(episode_length / frame_skip)
         self._over = True  # `reset` must come next
 

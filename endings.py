@@ -60,6 +60,15 @@ class RunEnded(Ending):
 EXPECTED = (Ending, OSError, MemoryError, KeyboardInterrupt)
 
 
+@contextlib.contextmanager
+def command():
+    """Decorator of a command's `main`: an expected exception ends the process with its line and exit code."""
+    try:
+        yield
+    except EXPECTED as error:
+        end(error)
+
+
 def end(error):
     """Exit with the line and the exit code of one of the `EXPECTED` exceptions."""
     if isinstance(error, KeyboardInterrupt):

@@ -15,7 +15,7 @@ from typing import Literal
 import rendering
 from agent import make_agent
 from command_line import parse_flags
-from endings import EXPECTED, Ending, Refused, RunEnded, end
+from endings import Ending, Refused, RunEnded, command
 from env_worker import open_eval_envs
 from episodes import eval_seed, evaluate, summary
 from machine import choose_device, limit_threads
@@ -40,7 +40,19 @@ class Args:
     """Path for an mp4 of the first episode; must not exist yet."""
 
 
-def run():
+def check_video_path(video):
+    """Raise `Refused` unless `video` is a new .mp4 in an existing, writable folder."""
+    path = pathlib.Path(video)
+    if path.suffix != ".mp4":
+        raise Refused(f"--video {video}: must end in .mp4")
+    if path.exists():
+        raise Refused(f"--video {video}: exists and is not written over")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise Refused(f"--video {video}: {path.absolute().parent} is not a folder that can be written to")
+
+
+@command()
+def main():
     """Evaluate and print one JSON line with the mean, the standard deviation and all returns."""
     limit_threads()
     args = parse_flags(Args)
@@ -67,25 +79,6 @@ def run():
             save_video(args.video, frames, envs[0].metadata["render_fps"])
         except OSError as error:
             raise Refused(str(error)) from None
-
-
-def main():
-    """Run the command; endings.py lists the exit codes."""
-    try:
-        run()
-    except EXPECTED as error:
-        end(error)
-
-
-def check_video_path(video):
-    """Raise `Refused` unless `video` is a new .mp4 in an existing, writable folder."""
-    path = pathlib.Path(video)
-    if path.suffix != ".mp4":
-        raise Refused(f"--video {video}: must end in .mp4")
-    if path.exists():
-        raise Refused(f"--video {video}: exists and is not written over")
-    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        raise Refused(f"--video {video}: {path.absolute().parent} is not a folder that can be written to")
 
 
 if __name__ == "__main__":

@@ -79,24 +79,25 @@ class Logger:
         """
         if not self._unread:
             return
-        columns = {}  # name -> [(step, tensor)]
-        for step, metrics in self._unread:
+        updates, self._unread = self._unread, []
+        columns = {}  # name -> tensors
+        for _, metrics in updates:
             for name, value in metrics.items():
-                columns.setdefault(name, []).append((step, value))
-        self._unread = []
-        bad, means = [], {}
-        for name, column in columns.items():
-            device = column[-1][1].device  # metrics from a checkpoint are on the CPU
-            values = torch.stack([value.to(device) for _, value in column]).double()
-            means[name] = values.mean(dim=0).tolist()
-            if name.endswith("loss") and not math.isfinite(means[name]):
-                bad += [(s, name, v) for (s, _), v in zip(column, values.tolist(), strict=True) if not math.isfinite(v)]
-        if bad:
-            self._last = ", ".join(f"{n} {c[-1][1]:.6g}" for n, c in columns.items() if c[-1][1].dim() == 0)
-            first, name, value = min(bad, key=lambda entry: entry[0])
-            raise Diverged(f"{name} is {value} at step {first}; last metrics: {self._last}")
-        self._last = ", ".join(f"{n} {mean:.6g}" for n, mean in means.items() if isinstance(mean, float))
+                columns.setdefault(name, []).append(value)
+        means = {}
+        for name, values in columns.items():
+            device = values[-1].device  # metrics from a checkpoint are on the CPU
+            means[name] = torch.stack([value.to(device) for value in values]).double().mean(dim=0).tolist()
+        scalars = [name for name, mean in means.items() if isinstance(mean, float)]
+        losses = [name for name in scalars if name.endswith("loss")]
+        if not all(math.isfinite(means[name]) for name in losses):
+            self._last = ", ".join(f"{name} {columns[name][-1]:.6g}" for name in scalars)
+            found = ((s, n, m[n]) for s, m in updates for n in losses if n in m and not m[n].isfinite())
+            step, name, value = next(found)
+            raise Diverged(f"{name} is {value.item()} at step {step}; last metrics: {self._last}")
+        self._last = ", ".join(f"{name} {means[name]:.6g}" for name in scalars)
         self._means.append({name: (len(columns[name]), mean) for name, mean in means.items()})
+        step = updates[-1][0]
         self._dashboard.scalars(step, means)
         self._watch_losses(step, means)
         self._watch_latents(step, means)
@@ -109,7 +110,7 @@ class Logger:
             return loss
         return Diverged(f"{error} at step {self._step}; last metrics: {self._last}")
 
-    def announce(self, folder, device, replay, resumed_at):
+    def announce(self, device, replay, resumed_at):
         """Print a run's first line: folder, seed, device, threads, precision, renderer, replay memory."""
         c, backend = self._config, os.environ.get("MUJOCO_GL")
         drawn = f"drawn by {backend}, {renderer(backend)}"
@@ -119,7 +120,7 @@ class Logger:
         threads = torch.get_num_threads()
         resumes = "" if resumed_at is None else f"resumes at step {resumed_at}, "
         on = f"on {device} with {threads} thread{'s' if threads > 1 else ''} in {c.precision}"
-        self.message(f"{folder}: {resumes}seed {c.seed}, {on}, {sees}, {replay.description}")
+        self.message(f"{self._folder}: {resumes}seed {c.seed}, {on}, {sees}, {replay.description}")
         if c.precision == "bf16" and device.type == "cpu" and (ratio := bf16_time_ratio()) >= 1:
             self.message(
                 f"warning: --precision bf16: a convolution takes {ratio:.2f} times as long in it as in fp32 here"

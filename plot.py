@@ -18,7 +18,7 @@ import matplotlib
 import tyro
 
 from command_line import parse_flags
-from endings import EXPECTED, Refused, end
+from endings import Refused, command
 from experiments.figures import as_pictures, draw_curves, draw_diagnostics
 from experiments.scores import EVALUATION, MADE_BY, evaluations, read_scores, varied, warnings_about, with_curves
 from experiments.tables import TABLE, last_common_step, markdown, table_cells
@@ -77,8 +77,10 @@ def parse_command(argv):
     return args
 
 
-def run():
+@command()
+def main():
     """Read, compute, and only then write; print warnings and the files' paths."""
+    matplotlib.use("Agg")
     args = parse_command(sys.argv[1:])
     kind = "diagnostics" if args.diagnostics else "curves" if args.table is None else "table"
     first = pathlib.Path(args.paths[0])
@@ -109,15 +111,6 @@ def run():
     except OSError as error:
         raise Refused(str(error)) from None
     print("\n".join([*lines, *map(str, paths.values())]), flush=True)
-
-
-def main():
-    """Run the command; endings.py lists the exit codes."""
-    try:
-        matplotlib.use("Agg")
-        run()
-    except EXPECTED as error:
-        end(error)
 
 
 if __name__ == "__main__":

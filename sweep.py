@@ -18,9 +18,10 @@ from typing import Annotated
 
 import tyro
 
+import endings
 from command_line import parse_flags, shorten
 from config import Config
-from endings import EXPECTED, Refused, end, listen
+from endings import Refused
 from experiments.grid import HERE, command, is_over, load_runs, locked, merge, plan, store
 from experiments.processes import Scheduler
 from experiments.slurm import submit
@@ -102,43 +103,6 @@ def parse_command(argv):
     return args, flags
 
 
-def main():
-    """Run the command; endings.py lists the exit codes, and 1 means that some runs failed."""
-    try:
-        run(*parse_command(sys.argv[1:]))
-    except EXPECTED as error:
-        end(error)
-
-
-def run(args, flags):
-    """Print the status, submit to Slurm, print the commands, or do the runs."""
-    if args.status is not None:
-        print_status(pathlib.Path(args.status))
-        return
-    if args.resume is not None:
-        folder = pathlib.Path(args.resume)
-        runs = resumed(folder, args)
-    else:
-        folder = pathlib.Path(args.work_dir, args.name)
-        if not (folder / "sweep.json").exists() and any(folder.rglob("args.json")):
-            raise Refused(f"--name {args.name}: {folder} holds runs that are of no sweep; choose another")
-        runs = plan(args, flags, folder)
-    merge(folder, runs)  # refuse contradictions before creating anything
-    if args.slurm is not None:
-        submit(folder, runs, args)
-        return
-    todo = [name for name, words in runs.items() if not is_over(folder / name, words)]
-    if args.dry_run:
-        for name in todo:
-            LossProofConsole().out(shlex.join(command(folder / name, runs[name])))
-        print(f"{plural(len(todo), 'run')} to do, {len(runs) - len(todo)} over", file=sys.stderr)
-        return
-    if args.resume is None:
-        with locked(folder):
-            store(folder, merge(folder, runs), load_sweep(folder)["jobs"])
-    sys.exit(Scheduler(folder, runs, todo, args.jobs or 1).run())
-
-
 def print_status(folder):
     """Print the status of all runs in a folder."""
     runs = find_runs(folder)
@@ -167,6 +131,37 @@ def resumed(folder, args):
     return {name: words for name, words in runs.items() if name in names}
 
 
+@endings.command()
+def main():
+    """Print the status, submit to Slurm, print the commands, or do the runs; exit code 1 means that some failed."""
+    args, flags = parse_command(sys.argv[1:])
+    if args.status is not None:
+        print_status(pathlib.Path(args.status))
+        return
+    if args.resume is not None:
+        folder = pathlib.Path(args.resume)
+        runs = resumed(folder, args)
+    else:
+        folder = pathlib.Path(args.work_dir, args.name)
+        if not (folder / "sweep.json").exists() and any(folder.rglob("args.json")):
+            raise Refused(f"--name {args.name}: {folder} holds runs that are of no sweep; choose another")
+        runs = plan(args, flags, folder)
+    merge(folder, runs)  # refuse contradictions before creating anything
+    if args.slurm is not None:
+        submit(folder, runs, args)
+        return
+    todo = [name for name, words in runs.items() if not is_over(folder / name, words)]
+    if args.dry_run:
+        for name in todo:
+            LossProofConsole().out(shlex.join(command(folder / name, runs[name])))
+        print(f"{plural(len(todo), 'run')} to do, {len(runs) - len(todo)} over", file=sys.stderr)
+        return
+    if args.resume is None:
+        with locked(folder):
+            store(folder, merge(folder, runs), load_sweep(folder)["jobs"])
+    sys.exit(Scheduler(folder, runs, todo, args.jobs or 1).run())
+
+
 if __name__ == "__main__":
-    listen()
+    endings.listen()
     main()

@@ -22,7 +22,7 @@ import torch
 
 import rendering
 from agent import make_agent
-from endings import EXPECTED, Ending, RunEnded, Stopped, check_signals, end
+from endings import Ending, RunEnded, Stopped, check_signals
 from env_worker import open_env, open_eval_envs
 from episodes import eval_seed, evaluate, summary
 from logger import Logger, prepare_console
@@ -162,7 +162,7 @@ class Run:
                 raise
             return self.finish()
         except Stopped as stop:
-            ending = Ending(f"{stop}; --run_dir {self.folder} resumes at step {self.progress.step}", stop.code)
+            ending = Ending(f"{stop}; --run_dir {self.folder.path} resumes at step {self.progress.step}", stop.code)
         except FloatingPointError as error:
             ending = self.logger.explain(error)
         except torch.OutOfMemoryError as error:  # raised by CUDA, with a paragraph as message
@@ -172,7 +172,7 @@ class Run:
             ending = error if isinstance(error, Ending) else Ending(error)
         with contextlib.suppress(OSError):
             self.folder.report(state=ending.state, step=self.progress.step, reason=str(ending))
-        raise RunEnded(f"{self.folder}: stopped: {ending}", ending.code)
+        raise RunEnded(f"{self.folder.path}: stopped: {ending}", ending.code)
 
 
 def build(config, device):
@@ -215,21 +215,19 @@ def prepare():
     except OSError as error:
         folder.undo(error)
         raise
-    logger.announce(folder, device, replay, progress.step if resumes else None)
+    logger.announce(device, replay, progress.step if resumes else None)
     return Run(config, folder, env, eval_envs, replay, agent, logger, progress, checkpoints)
 
 
+@endings.command()
 def main():
-    """Run the command; endings.py lists the exit codes."""
+    """Train one run; endings.py lists the exit codes."""
     prepare_console()
     keep_freed_memory()
     limit_threads()
-    try:
-        run = prepare()
-        with contextlib.closing(run.logger):  # closed last: an upload may take a while
-            run.complete()
-    except EXPECTED as error:
-        end(error)
+    run = prepare()
+    with contextlib.closing(run.logger):  # closed last: an upload may take a while
+        run.complete()
 
 
 if __name__ == "__main__":

@@ -1,22 +1,11 @@
 """Measurements of speed, memory and baselines; run them from the repository root as python -m benchmarks.NAME."""
 
-import contextlib
 import itertools
 
 import torch
 
-from endings import EXPECTED, end
 from machine import limit_threads
 from storage.run_folder import git_commit
-
-
-@contextlib.contextmanager
-def command():
-    """Decorator of a `main`: expected exceptions end the command as endings.py says."""
-    try:
-        yield
-    except EXPECTED as error:
-        end(error)
 
 
 def describe_machine(device):

@@ -4,8 +4,7 @@
     python -m benchmarks.checkpoint_cost --transitions 100000 --flags="--domain_name walker --task_name walk"
 
 Fills a replay with `--transitions` from a few random-policy episodes, repeated, then saves after each further episode.
-The share assumes one checkpoint every `--checkpoint_minutes`, 10 by default. The journal's cost between checkpoints,
-to pack and write each frame, has its own line.
+The share assumes one checkpoint every `--checkpoint_minutes`; the journal's cost between them has its own line.
 """
 
 import dataclasses
@@ -17,9 +16,10 @@ import time
 import psutil
 
 import train
-from benchmarks import command, describe_machine, fill, random_episode
+from benchmarks import describe_machine, fill, random_episode
 from command_line import parse_flags
 from config import parse
+from endings import command
 from machine import choose_device, keep_freed_memory
 from storage.checkpoint import Checkpoints
 from storage.run_folder import CHECKPOINT

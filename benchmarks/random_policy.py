@@ -4,17 +4,16 @@
     python -m benchmarks.random_policy --tasks hopper-hop,cartpole-balance
 
 Prints rows of results/published_scores.csv without the last column: mean and sample standard deviation over episodes,
-with one random action per decision at the task table's action repeat. Episodes are not seeds, so the seeds column is
-empty.
+at the task table's action repeat. Episodes are not seeds, so the seeds column is empty.
 """
 
 import dataclasses
 import statistics
 
-from benchmarks import command, random_episode
+from benchmarks import random_episode
 from command_line import parse_flags
 from config import TASK_TABLE, Config, complete
-from endings import Refused
+from endings import Refused, command
 from env_worker import SerialEnv
 
 

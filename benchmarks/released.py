@@ -6,8 +6,7 @@
 
 The released code is not part of this project; this command imports it unchanged from the checkout and replaces its
 missing dependencies: `gym` (it needs only the names) and kornia's RandomCrop (here too with a random corner per image).
-Each measurement runs in its own process, on frames of a random episode. The released code runs with the allocator's
-defaults, as its users run it.
+It runs with the allocator's defaults, as its users run it. Each row runs in its own process.
 """
 
 import dataclasses
@@ -20,9 +19,9 @@ import torch
 import tyro
 from torch import nn
 
-from benchmarks import command, describe_machine, random_episode, throughput
+from benchmarks import describe_machine, random_episode, throughput
 from command_line import parse_flags
-from endings import Refused
+from endings import Refused, command
 from env_worker import open_env
 from machine import limit_threads
 from utils import seed_everything

@@ -3,13 +3,11 @@
     python -m benchmarks.throughput                                           # CoDy at batch 128 and 256, all modes
     python -m benchmarks.throughput --rows="--agent cody_sac, --agent sac" --batch_sizes 512 --flags="--frame_stack 4"
 
-Each row runs in its own process, so no row inherits another's memory. Times are medians over pairs of updates (every
-second update steps actor and targets), including sampling and augmentation, on frames of one random episode. `ratio`
-is relative to the first row with the same batch size. On a noisy machine, `--rounds 5` measures all rows five times
-and prints medians, with the lowest and highest ratio. `sample %` and `augment %` are the shares of
-`ReplayBuffer.sample` and `SAC.augment` in the row's time. `decisions/s` counts whole decisions on real pixels, with the
-environment in its worker: act, environment step, store, sample, augment, update. torch's FlopCounterMode counts the
-`GFLOP` of an update. `GB` is the peak memory of the process, or of the GPU on CUDA.
+Each row runs in its own process. `ms` is the median over pairs of updates (every second one steps actor and targets),
+with sampling and augmentation, on frames of one random episode; `sample %` and `augment %` are their shares. `ratio` is
+relative to the first row with the same batch size. On a noisy machine, `--rounds 5` measures all rows five times and
+prints medians, with the lowest and highest ratio. `decisions/s` counts whole decisions on real pixels, with the
+environment in its worker. `GFLOP` is counted by torch; `GB` is the peak memory of the process, on CUDA of the GPU.
 """
 
 import concurrent.futures
@@ -25,10 +23,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from agent import make_agent
-from benchmarks import command, describe_machine, fill, random_episode
+from benchmarks import describe_machine, fill, random_episode
 from command_line import parse_flags
 from config import parse
-from endings import Refused
+from endings import Refused, command
 from env_worker import open_env
 from machine import bf16_time_ratio, choose_device, keep_freed_memory, limit_threads
 from replay_buffer import ReplayBuffer
@@ -105,8 +103,10 @@ def measure(config, updates, decisions):
         action = agent.act(obs, sample=True)
         env.start(action)
         update()
-        obs, reward, _, _ = env.finish()
+        obs, reward, terminated, truncated = env.finish()
         replay.add(action, reward, obs, False)
+        if terminated or truncated:
+            obs = env.reset()
     decision = (now() - start) / decisions
     env.close()
     sample, augment = np.median(parts, axis=0) / seconds

@@ -38,10 +38,7 @@ def _save(state, path):
 
 
 def load_model(agent, folder, step=None):
-    """Load the model saved at `step` (None: the latest) into `agent`; returns its step.
-
-    Raises `Refused` if there is no such file or if it does not fit this agent.
-    """
+    """Load the model saved at `step` (None: the latest) into `agent`; returns its step, or raises `Refused`."""
     saved = sorted(int(path.stem) for path in pathlib.Path(folder).glob("*.pt") if path.stem.isdigit())
     if not saved:
         raise Refused(

@@ -188,12 +188,8 @@ def load_state(run):
 
 def last_line(run):
     """The last line in the output.log of a sweep's run, "" if there is none."""
-    try:
-        with open(pathlib.Path(run) / OUTPUT, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().decode(errors="replace").strip().splitlines()
-    except FileNotFoundError:
-        return ""
+    path = pathlib.Path(run) / OUTPUT
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
     return lines[-1] if lines else ""
 
 
@@ -282,7 +278,7 @@ def check_writable(flag, folder):
 
 
 class RunFolder:
-    """The folder for its single writer, who holds the lock until `release` or process exit.
+    """The folder for its single writer, who holds the lock until the process exits.
 
     --run_dir names the folder, otherwise RunFolder creates one below --work_dir; `resumes`: whether it already holds a
     run. Raises `Refused` if the folder cannot be created or another process is writing it.
@@ -300,13 +296,10 @@ class RunFolder:
         except OSError as error:  # check_writable cannot see everything, such as a file system that rejects mkdir
             raise Refused(f"--{flag} {value}: {error}") from None
         if resumes != (self.path / "args.json").exists():
-            self.release()
+            self._lock.close()
             raise Refused(f"--run_dir {value}: another process has just started a run there")
         if resumes:  # another process may have finished the run since parse_run
             check_resumable(config)
-
-    def __str__(self):
-        return str(self.path)
 
     @staticmethod
     def _new(config):
@@ -352,7 +345,7 @@ class RunFolder:
     def undo(self, error):
         """Undo a failed start: delete the folder, unless --run_dir named it."""
         if self._config.run_dir is None:
-            self.release()
+            self._lock.close()
             shutil.rmtree(self.path)
         else:
             with contextlib.suppress(OSError):
@@ -372,22 +365,15 @@ class RunFolder:
         env_step, total = self._status["step"] * self._config.action_repeat, self._config.num_train_steps
         write_json(self.path / "run.json", {**self._status, "env_step": env_step, "num_train_steps": total, **here})
 
-    def release(self):
-        """Release the lock, so that another process may write here."""
-        self._lock.close()
-
 
 def git_commit():
     """The code's commit hash, with "+" if tracked files have changed; None outside a git checkout."""
-
-    def git(*args):
-        here = pathlib.Path(__file__).resolve().parent.parent
-        with signals_kept_from_children():
-            done = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
+    git = ["git", "-C", pathlib.Path(__file__).resolve().parent.parent]
+    asked = [[*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "-uno"]]
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        with signals_kept_from_children():
+            commit, changes = (subprocess.check_output(words, stderr=subprocess.DEVNULL, text=True) for words in asked)
+        return commit.strip() + "+" * bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return None
 
