@@ -125,7 +125,6 @@ class WorkerEnv(Restorable):
     """
 
     def __init__(self, config, seed):
-        rendering.select_gl_backend(required=config.encoder_type != "identity")  # all workers inherit it
         self._pipe, theirs = multiprocessing.Pipe()
         with theirs, signals_kept_from_children():
             command = [sys.executable, __file__, str(theirs.fileno())]
@@ -208,14 +207,21 @@ def work(pipe):
 
 def open_env(config, seed):
     """The training environment."""
+    _choose_renderer(config)
     return (WorkerEnv if config.env_worker else SerialEnv)(config, seed)
 
 
 def open_eval_envs(config, episodes):
     """Environments for `evaluate`: one without workers, else at most one per episode, core and `EVAL_WORKERS`."""
+    _choose_renderer(config)
     if not config.env_worker:
         return [SerialEnv(config, config.seed)]
     return [WorkerEnv(config, config.seed) for _ in range(min(episodes, available_cores(), EVAL_WORKERS))]
+
+
+def _choose_renderer(config):
+    """Choose once for all workers, which inherit it; videos of a run on states need one too."""
+    rendering.select_gl_backend(required=config.encoder_type != "identity" or config.save_video)
 
 
 if __name__ == "__main__":

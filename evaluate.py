@@ -12,7 +12,6 @@ import pathlib
 import sys
 from typing import Literal
 
-import rendering
 from agent import make_agent
 from command_line import parse_flags
 from endings import Ending, Refused, RunEnded, command
@@ -60,8 +59,8 @@ def main():
         raise Refused(f"--num_eval_episodes {args.num_eval_episodes}: must be at least 1")
     if args.video:
         check_video_path(args.video)
-        rendering.select_gl_backend()
-    config = dataclasses.replace(load_config(args.run), compile=False)  # compiling takes longer than the episodes
+    # compiling takes longer than the episodes
+    config = dataclasses.replace(load_config(args.run), compile=False, save_video=bool(args.video))
     device = choose_device(args.device)
     envs = open_eval_envs(config, args.num_eval_episodes)
     agent = make_agent(config, envs[0].observation_space.shape, envs[0].action_space.shape[0], device)
@@ -69,7 +68,7 @@ def main():
 
     message = functools.partial(print, file=sys.stderr)
     try:
-        returns, frames = evaluate(envs, agent, args.num_eval_episodes, eval_seed(config), bool(args.video), message)
+        returns, frames = evaluate(envs, agent, args.num_eval_episodes, eval_seed(config), config.save_video, message)
     except (FloatingPointError, Ending) as error:
         raise RunEnded(f"{args.run}: stopped: {error}", 1) from None
     row = {"step": step, "env_step": step * config.action_repeat, **summary(returns), "returns": returns}

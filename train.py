@@ -20,7 +20,6 @@ import time
 
 import torch
 
-import rendering
 from agent import make_agent
 from endings import Ending, RunEnded, Stopped, check_signals
 from env_worker import open_env, open_eval_envs
@@ -178,8 +177,6 @@ class Run:
 def build(config, device):
     """Training environment, evaluation environments, replay and agent, all seeded with `config.seed`."""
     seed_everything(config.seed)
-    if config.save_video:
-        rendering.select_gl_backend()  # the environments of a run on states do not render
     env, eval_envs = open_env(config, config.seed), open_eval_envs(config, config.num_eval_episodes)
     env.action_space.seed(config.seed)
     check_signals()  # environments and networks take seconds each
