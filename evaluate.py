@@ -74,10 +74,7 @@ def main():
     row = {"step": step, "env_step": step * config.action_repeat, **summary(returns), "returns": returns}
     print(json.dumps(row), flush=True)  # before the video, which a full disk may refuse
     if frames:
-        try:
-            save_video(args.video, frames, envs[0].metadata["render_fps"])
-        except OSError as error:
-            raise Refused(str(error)) from None
+        save_video(args.video, frames, envs[0].metadata["render_fps"])
 
 
 if __name__ == "__main__":

@@ -104,12 +104,9 @@ def main():
     else:
         cells = table_cells(frame, list(dict.fromkeys(args.table or [last_common_step(frame)])))
         files = {".md": markdown(cells).encode(), ".csv": cells[TABLE].to_csv(index=False).encode()}
-    try:
-        for ending, path in paths.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda file, content=files[ending]: file.write(content))
-    except OSError as error:
-        raise Refused(str(error)) from None
+    for ending, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file, content=files[ending]: file.write(content))
     print("\n".join([*lines, *map(str, paths.values())]), flush=True)
 
 

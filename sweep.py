@@ -11,6 +11,7 @@ Arguments after the -- are flags of train.py; commas make the grid. Each run's f
 """
 
 import dataclasses
+import os
 import pathlib
 import shlex
 import sys
@@ -31,7 +32,7 @@ from storage.run_folder import find_runs, load_sweep
 SLURM = ("slurm", "slurm_script", "runs_per_job")
 MODES = {  # the flag that selects the mode, and the flags it accepts
     "name": ("work_dir", "variant", "variants", "only", "jobs", "dry_run", *SLURM),
-    "resume": ("array", "element", "jobs", "dry_run", *SLURM),
+    "resume": ("jobs", "dry_run", *SLURM),
     "status": (),
 }
 SCRIPT = str(HERE / "experiments" / "slurm.sh")
@@ -65,10 +66,6 @@ class Args:
     """Folder whose runs' status to print."""
     resume: str | None = None
     """Folder of the sweep to resume."""
-    array: int | None = None
-    """For the batch script: with --resume, index of the job array to run; the sweep's first submission is 0."""
-    element: int | None = None
-    """For the batch script: index of the element within that array."""
 
 
 def parse_command(argv):
@@ -96,8 +93,6 @@ def parse_command(argv):
     for flag in ("jobs", "runs_per_job"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise Refused(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    if (args.array is None) != (args.element is None):
-        raise Refused("--array, --element: only together")
     if args.name is not None and (args.name in ("", "..") or pathlib.Path(args.name).name != args.name):
         raise Refused(f"--name {args.name}: must be a single folder's name")
     return args, flags
@@ -117,17 +112,18 @@ def print_status(folder):
     LossProofConsole().print(status_table(statuses), *unreadable, sep="\n")
 
 
-def resumed(folder, args):
-    """The runs of a sweep, or of one element of one of its job arrays."""
+def resumed(folder):
+    """The runs of a sweep; in a job array, those of the element that the batch script names in SWEEP_ELEMENT."""
     runs, jobs = load_runs(folder), load_sweep(folder)["jobs"]
     if not runs:
         raise Refused(f"--resume {folder}: not the folder of a sweep")
-    if args.element is None:
+    if "SWEEP_ELEMENT" not in os.environ:
         return runs
     try:
-        names = jobs[args.array]["elements"][args.element]
-    except IndexError:
-        raise Refused(f"--array {args.array} --element {args.element}: {folder} has submitted none such") from None
+        array, element = map(int, os.environ["SWEEP_ELEMENT"].split(":"))
+        names = jobs[array]["elements"][element]
+    except (ValueError, IndexError):
+        raise Refused(f"SWEEP_ELEMENT={os.environ['SWEEP_ELEMENT']}: no such array element in {folder}") from None
     return {name: words for name, words in runs.items() if name in names}
 
 
@@ -140,7 +136,7 @@ def main():
         return
     if args.resume is not None:
         folder = pathlib.Path(args.resume)
-        runs = resumed(folder, args)
+        runs = resumed(folder)
     else:
         folder = pathlib.Path(args.work_dir, args.name)
         if not (folder / "sweep.json").exists() and any(folder.rglob("args.json")):

@@ -3,6 +3,7 @@
 import io
 import math
 import textwrap
+from collections import Counter
 from itertools import cycle
 
 import matplotlib.pyplot as plt
@@ -70,13 +71,16 @@ def draw_legend(figure, handles, title=None):
 
 
 def legend_label(frame, curve, note=""):
-    """The curve, its number of seeds, its unfinished seeds and a note."""
+    """The curve, its number of seeds, its unfinished seeds (counts if more than two tasks have some) and a note."""
     tasks = frame["task"].unique()
     parts = {task: frame[(frame["curve"] == curve) & (frame["task"] == task)] for task in tasks}
     counts = [len(by_seed(part).columns) for part in parts.values()]
     n = f"n\u00a0=\u00a0{min(counts)}" + f"\u00a0to\u00a0{max(counts)}" * (max(counts) > min(counts))  # no line break
     found = {task: unfinished_seeds(part) for task, part in parts.items()}
     words = [seeds_text(runs) + f" on {task}" * (len(tasks) > 1) for task, runs in found.items() if runs]
+    if len(words) > 2:
+        states = Counter(reason.split()[0] for runs in found.values() for reason in runs.values())
+        words = [f"{count} run{'s' * (count > 1)} {state}" for state, count in states.items()]
     return f"{curve} ({'; '.join([n, *words, *[note] * bool(note)])})"
 
 

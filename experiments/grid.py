@@ -27,6 +27,7 @@ CHECKED = (  # flags that decide whether the suite has the task and this machine
 
 def parse_grid(flags):
     """Flags of train.py -> {name: list of values}; a flag without a value has [None]."""
+    switches = {field.name for field in dataclasses.fields(Config) if field.type is bool}
     grid, tokens = {}, list(flags)
     while tokens:
         flag, equals, value = tokens.pop(0).partition("=")
@@ -42,7 +43,7 @@ def parse_grid(flags):
         values = [None] if value is None else value.split(",")
         if "" in values:
             raise Refused(f"--{name} {shorten(value)}: an empty value")
-        if Config.__annotations__.get(name) is bool and not set(values) <= {None, "true", "false"}:
+        if name in switches and not set(values) <= {None, "true", "false"}:
             raise Refused(f"--{name} {shorten(value)}: takes no value, or true and false for a grid")
         grid[name] = values
     return grid

@@ -13,7 +13,7 @@ cd "@HERE@" || exit
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_ON_NODE}
 
 # do the runs of this element one by one, resuming those that have started
-"@PYTHON@" "@SWEEP@" --resume "@FOLDER@" --array @NUMBER@ --element "$SLURM_ARRAY_TASK_ID" &
+SWEEP_ELEMENT="@NUMBER@:$SLURM_ARRAY_TASK_ID" "@PYTHON@" "@SWEEP@" --resume "@FOLDER@" &
 sweep=$!
 
 # Slurm sends USR1 90 seconds before the time limit: save a checkpoint and requeue. TERM means scancel or preemption:

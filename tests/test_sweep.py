@@ -203,7 +203,6 @@ def test_shipped_variants(here, call, file):
         ("--status b --jobs 2", "--jobs: has no effect with --status"),
         ("--resume b --variant x:", "--variant: has no effect with --resume"),
         ("--name a --runs_per_job 2", "--runs_per_job, --slurm_script: have no effect without --slurm"),
-        ("--resume b --array 1", "--array, --element: only together"),
         ("--name a --seed 0,1", "--seed: a flag of train.py, which comes after the --"),
         ("--name a --dry_run --no-save-tb", "--no-save-tb: a flag of train.py, which comes after the --"),
         ("--name a --task=walker-walk", "--task: a flag of train.py, which comes after the --"),
@@ -212,7 +211,6 @@ def test_shipped_variants(here, call, file):
         ("--name a --jobs 0", "--jobs 0: must be at least 1"),
         ("--name a/b", "--name a/b: must be a single folder's name"),
         ("--name ..", "--name ..: must be a single folder's name"),
-        ("--name a --element 1", "--element: has no effect with --name"),
         ("--name a -- --save_tb --wandb x", "--wandb x: the package is not installed"),
         ("--status runs", "--status runs: holds no runs"),
         ("--resume runs/a", "--resume runs/a: not the folder of a sweep"),
@@ -550,17 +548,19 @@ def test_only_what_is_not_over_is_submitted_and_only_once(here, call, cluster):
     assert result.returncode == 2 and "Unable to contact" in result.stderr
 
 
-def test_an_element_does_its_own_runs(here, call, cluster):
+def test_an_element_does_its_own_runs(here, call, cluster, monkeypatch):
     slurm(call, "--runs_per_job 2 -- --seed 0,1,6")
-    assert '--array 0 --element "$SLURM_ARRAY_TASK_ID"' in (cluster / "script").read_text()
+    assert 'SWEEP_ELEMENT="0:$SLURM_ARRAY_TASK_ID"' in (cluster / "script").read_text()
     slurm(call, "-- --seed 9")
-    result = call("sweep.py", f"--resume {here} --array 0 --element 0")
-    assert result.returncode == 0
+    monkeypatch.setenv("SWEEP_ELEMENT", "0:0")
+    assert call("sweep.py", f"--resume {here}").returncode == 0
     assert [load_state(run) for run in find_runs(here)] == ["finished", "diverged", "missing", "missing"]
-    assert call("sweep.py", f"--resume {here} --array 0 --element 1").returncode == 0
+    monkeypatch.setenv("SWEEP_ELEMENT", "0:1")
+    assert call("sweep.py", f"--resume {here}").returncode == 0
     assert load_args(here / "cody_sac/cartpole-swingup/s6")["seed"] == 6
-    result = call("sweep.py", f"--resume {here} --array 0 --element 2")
-    assert result.returncode == 2 and "--array 0 --element 2: " in result.stderr
+    monkeypatch.setenv("SWEEP_ELEMENT", "0:2")
+    result = call("sweep.py", f"--resume {here}")
+    assert result.returncode == 2 and "SWEEP_ELEMENT=0:2: " in result.stderr
 
 
 def test_sweeps_that_grow_at_the_same_time(here, start):

@@ -350,9 +350,9 @@ def test_evaluate_on_a_full_disk(trained, tmp_path, monkeypatch, call):
     folder, _ = trained
     monkeypatch.setattr(evaluate, "save_video", on_a_full_disk(save_video))
     result = call("evaluate.py", f"--run {folder} --num_eval_episodes 2 --video {tmp_path}/e.mp4")
-    assert result.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert result.returncode == 1 and list(tmp_path.iterdir()) == []
     assert json.loads(result.stdout)["returns"] == rows(folder, "eval.log")[-1]["returns"]
-    line = f"evaluate.py: error: {tmp_path}/e.mp4: no video written: ffmpeg failed; the disk has "
+    line = f"evaluate.py: {tmp_path}/e.mp4: no video written: ffmpeg failed; the disk has "
     assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
 
 
