@@ -1,6 +1,7 @@
 """Config -> agent: SAC with the auxiliary task and the augmentation chosen by the flags."""
 
 import functools
+import os
 
 import torch
 
@@ -22,8 +23,12 @@ def make_agent(config, obs_shape, action_dim, device):
             augment = functools.partial(random_crop, size=size) if larger else random_shift
         obs_shape = (obs_shape[0], size, size)
 
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; bf16 is the faster choice
-    torch.backends.cudnn.benchmark = True  # input sizes never change
+    # float32 means float32 unless the user asks for less; PyTorch's default allows TF32 in convolutions
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    torch.backends.cudnn.benchmark = not config.deterministic  # input sizes never change
+    if config.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
 
     objective = {"dynamics_kl": CoDy, "published": PublishedCoDy}[config.cody_objective]
     make_auxiliary = {

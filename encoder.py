@@ -73,7 +73,7 @@ def make_encoder(config, obs_shape):
     d = config.encoder_feature_dim
     protorl = config.encoder_type == "protorl"
     offset = 0.5 if protorl else 0.0
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     convs = ConvNet(obs_shape, config.num_layers, config.num_filters, config.num_strided_layers, offset, dtype)
     if protorl:  # Yarats et al., arXiv 2102.11271: a linear latent; actor and critic apply LayerNorm and tanh
         encoder = Encoder(convs, nn.Linear(convs.feature_dim, d), d)

@@ -11,10 +11,10 @@ import sys
 LINE = 200  # maximum characters of a refusal
 DIVERGED, REFUSED = 3, 2  # exit codes
 
-# sent by a cluster (TERM, or USR1 ahead of the time limit), a terminal that hangs up (HUP) or Ctrl-C (INT);
-# 75 is EX_TEMPFAIL of sysexits.h
-EXIT_CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75, signal.SIGINT: 130}
-NOT_FOR_CHILDREN = {*EXIT_CODES, signal.SIGUSR2}
+# sent by a cluster (TERM, or ahead of a limit USR1, submitit's USR2, SGE's and LSF's XCPU), a terminal that hangs up
+# (HUP) or Ctrl-C (INT); 75 is EX_TEMPFAIL of sysexits.h
+EXIT_CODES = dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP), 75)
+EXIT_CODES[signal.SIGINT] = 130
 
 _received = []
 
@@ -73,6 +73,9 @@ def end(error):
     """Exit with the line and the exit code of one of the `EXPECTED` exceptions."""
     if isinstance(error, KeyboardInterrupt):
         sys.exit(EXIT_CODES[signal.SIGINT])
+    if isinstance(error, BrokenPipeError):  # nobody reads what a command such as --help prints
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     ending = error if isinstance(error, Ending) else Ending(error)
     line = ending.form.format(command=os.path.basename(sys.argv[0]), line=" ".join(str(ending).split()))
     if isinstance(ending, Refused) and len(line) > LINE:
@@ -110,7 +113,7 @@ def signals_kept_from_children():
 
     Children inherit the signal mask; a signal that arrives meanwhile reaches this process afterwards.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_CHILDREN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
     try:
         yield
     finally:

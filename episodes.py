@@ -2,8 +2,6 @@
 
 import numpy as np
 
-VIDEO_SIZE = 256  # pixels, a multiple of 16 as H.264 requires
-
 
 def eval_seed(config):
     """Evaluation seed, derived from the run's seed: runs with different seeds see different initial states."""
@@ -15,7 +13,7 @@ def evaluate(envs, agent, num_episodes, seed, record_video, message, check=lambd
 
     Episode i uses `seed` + i, so every evaluation of a run starts from the same initial states and a saved model
     reproduces its logged returns, whatever the number of `envs`, which step in parallel.
-    The frames are a list of (VIDEO_SIZE, VIDEO_SIZE, 3) uint8, empty without `record_video`. `message` prints a line
+    The frames are a list of (256, 256, 3) uint8, empty without `record_video`. `message` prints a line
     for the user; `check` is called at each decision and may raise.
     """
     returns, frames, playing = [0.0] * num_episodes, [], []
@@ -38,7 +36,7 @@ def evaluate(envs, agent, num_episodes, seed, record_video, message, check=lambd
         if obs is None:
             message(f"warning: the physics diverged in evaluation episode {episode}, which ends there")
         elif record_video and episode == 0:
-            frames.append(env.draw(VIDEO_SIZE, VIDEO_SIZE))
+            frames.append(env.draw())
         if terminated or truncated:
             begin(env)
         else:

@@ -20,7 +20,7 @@ from episodes import eval_seed, evaluate, summary
 from machine import choose_device, limit_threads
 from storage.checkpoint import load_model
 from storage.run_folder import load_config
-from video import save_video
+from video import check_ffmpeg, save_video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,7 @@ def main():
         raise Refused(f"--num_eval_episodes {args.num_eval_episodes}: must be at least 1")
     if args.video:
         check_video_path(args.video)
+        check_ffmpeg("video")
     # compiling takes longer than the episodes
     config = dataclasses.replace(load_config(args.run), compile=False, save_video=bool(args.video))
     device = choose_device(args.device)

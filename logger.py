@@ -120,6 +120,7 @@ class Logger:
         threads = torch.get_num_threads()
         resumes = "" if resumed_at is None else f"resumes at step {resumed_at}, "
         on = f"on {device} with {threads} thread{'s' if threads > 1 else ''} in {c.precision}"
+        on += ", deterministic" * c.deterministic
         self.message(f"{self._folder}: {resumes}seed {c.seed}, {on}, {sees}, {replay.description}")
         if c.precision == "bf16" and device.type == "cpu" and (ratio := bf16_time_ratio()) >= 1:
             self.message(

@@ -115,6 +115,8 @@ def choose_device(name):
 
 def check_machine(config, device):
     """Raise `Refused` if a flag needs a device, compiler or package that this machine lacks."""
+    if config.precision == "tf32" and device.type != "cuda":
+        raise Refused(f"--precision tf32: the networks run on {device}, which has no TF32; use fp32 or bf16")
     if config.replay_device == "cuda" and device.type != "cuda":
         raise Refused(f"--replay_device cuda: the networks run on {device}; use auto or cpu")
     variable, compiler = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")

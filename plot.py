@@ -14,7 +14,6 @@ import pathlib
 import sys
 from typing import Literal
 
-import matplotlib
 import tyro
 
 from command_line import parse_flags
@@ -80,7 +79,6 @@ def parse_command(argv):
 @command()
 def main():
     """Read, compute, and only then write; print warnings and the files' paths."""
-    matplotlib.use("Agg")
     args = parse_command(sys.argv[1:])
     kind = "diagnostics" if args.diagnostics else "curves" if args.table is None else "table"
     first = pathlib.Path(args.paths[0])

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -13,12 +14,12 @@ DEBIAN_PACKAGES = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6", "gl
 DRAWING_OFF = ("off", "disable", "disabled", "false", "0")  # dm_control's names
 
 
-def select_gl_backend(required=True):
+def select_gl_backend(required=True, cuda=False):
     """Choose a rendering backend, set `MUJOCO_GL` to it and return its name; call before importing dm_control.
 
     If `MUJOCO_GL` is unset, EGL is tried first, then OSMesa (on Linux), or GLFW (elsewhere). Each try is a process
     of its own, since a backend that fails half-way leaves PyOpenGL bound to it. If none works, this switches rendering
-    off; if rendering is `required`, it raises `Refused`.
+    off; if rendering is `required`, it raises `Refused`. With `cuda`, EGL draws on torch's GPU if it can.
     """
     if "dm_control" in sys.modules:  # too late to choose
         return importlib.import_module("dm_control._render").BACKEND
@@ -29,6 +30,8 @@ def select_gl_backend(required=True):
         importlib.import_module("triton")
     asked = os.environ.get("MUJOCO_GL", "").lower()
     candidates = [asked] if asked else ["egl", "osmesa"] if sys.platform == "linux" else ["glfw"]
+    if cuda and "egl" in candidates and "MUJOCO_EGL_DEVICE_ID" not in os.environ:
+        _draw_on_gpu()
     works = next((backend for backend in candidates if backend not in DRAWING_OFF and renderer(backend)), None)
     if required and not works:
         raise Refused(_why_nothing_draws(asked, candidates))
@@ -45,20 +48,36 @@ def _why_nothing_draws(asked, candidates):
     if not packages:
         return f"MUJOCO_GL={asked}: cannot render; use one of {', '.join(DEBIAN_PACKAGES)}"
     device = os.environ.get("MUJOCO_EGL_DEVICE_ID")
-    if device is not None and "egl" in candidates and (count := egl_devices()):
-        devices = ", ".join(map(str, range(count)))
+    if device is not None and "egl" in candidates and (found := egl_devices()):
+        devices = ", ".join(map(str, range(len(found))))
         return f"MUJOCO_EGL_DEVICE_ID={device}: cannot render on that device; the devices here: {devices}"
     setting = f"MUJOCO_GL={asked}" if asked else f"MUJOCO_GL is not set, tried {', '.join(candidates)}"
     return f"{setting}: cannot render; install the Debian packages {packages}"
 
 
+def _draw_on_gpu():
+    """Make EGL draw on torch's GPU, CUDA's device 0, if it can; EGL numbers devices in an order of its own."""
+    devices = egl_devices()
+    if 0 in devices:
+        os.environ["MUJOCO_EGL_DEVICE_ID"] = str(devices.index(0))
+        if not renderer("egl"):
+            del os.environ["MUJOCO_EGL_DEVICE_ID"]
+            renderer.cache_clear()
+
+
 def egl_devices():
-    """Number of EGL devices, NVIDIA's GPUs before Mesa's; 0 without EGL."""
-    count = (
-        "import os; os.environ.pop('MUJOCO_EGL_DEVICE_ID', None)\n"  # an invalid one fails the next import
-        "from dm_control._render.pyopengl import egl_ext; print(len(egl_ext.eglQueryDevicesEXT()))"
+    """CUDA's number, relative to CUDA_VISIBLE_DEVICES, of each EGL device; None for a device without one, as Mesa's."""
+    script = (
+        "import ctypes, json, os\n"
+        "os.environ.pop('MUJOCO_EGL_DEVICE_ID', None)\n"  # an invalid one fails the next import
+        "from dm_control._render.pyopengl import egl_ext as egl\n"
+        "kind = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t))\n"
+        "query, number = kind(egl.eglGetProcAddress('eglQueryDeviceAttribEXT')), ctypes.c_ssize_t()\n"
+        "cuda_device = 0x323A\n"  # EGL_CUDA_DEVICE_NV
+        "print(json.dumps([number.value if query(device, cuda_device, number) else None\n"
+        "                  for device in egl.eglQueryDevicesEXT(64)]))"
     )
-    return int(_probe(count, "egl") or 0)
+    return json.loads(_probe(script, "egl") or "[]")
 
 
 @functools.cache  # a second or more each time

@@ -11,6 +11,7 @@ can be filled.
 
 import dataclasses
 import math
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from storage.run_folder import CHECKPOINT, load_config
 
 PACKED_BYTES = 5_000  # estimated size of a packed frame; cartpole has 1,600 and walker 11,000
 MEMORY_CHECK_FRAMES = 100  # frames between checks of the free memory
+NETWORK_BYTES, BYTES_PER_IMAGE = 500_000_000, 4_000_000  # of an update, rounded up from its memory on a CPU
 RESERVE_BYTES = 200_000_000  # memory that must stay free
 
 
@@ -166,10 +168,10 @@ class ReplayBuffer:
         raw = self.slots * math.prod(self._frame_shape) * self._dtype.itemsize
         kind, place = config.replay_storage, config.replay_device
         if place == "auto":
-            fits = kind != "lz4" and raw < _available(self.device) / 2
+            fits = kind != "lz4" and raw < _available(self.device, config) / 2
             place = self.device if fits else "cpu"
         place = torch.device(place)
-        available = _available(place)
+        available = _available(place, config)
         if kind == "auto":
             kind = "raw" if raw < available / 2 or place.type == "cuda" else "lz4"
         size = raw if kind == "raw" else min(raw, self.slots * PACKED_BYTES)
@@ -256,6 +258,14 @@ class ReplayBuffer:
         return replay
 
 
-def _available(device):
-    """Free memory of a device in bytes."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+def _available(device, config):
+    """Free memory of a device in bytes; of a GPU, this run's share beyond the networks' estimated need.
+
+    Runs that a sweep starts together on one GPU would each find it free; the sweep says how many they are.
+    """
+    if device.type != "cuda":
+        return available_memory()
+    free, total = torch.cuda.mem_get_info(device)
+    share = min(free, total / int(os.environ.get("RUNS_PER_GPU", "1")))
+    images = config.batch_size * max(config.target_augmentations, config.critic_augmentations)
+    return share - NETWORK_BYTES - BYTES_PER_IMAGE * images

@@ -107,7 +107,7 @@ def print_status(folder):
     for run in runs:
         try:
             statuses[str(run.relative_to(folder))] = run_status(run)
-        except Refused as error:
+        except (Refused, OSError) as error:
             unreadable.append(str(error))
     LossProofConsole().print(status_table(statuses), *unreadable, sep="\n")
 

@@ -30,7 +30,7 @@ from replay_buffer import ReplayBuffer
 from storage.checkpoint import Checkpoints, save_model
 from storage.run_folder import CHECKPOINT, RunFolder, parse_run, provenance
 from utils import GlobalRandomness, seed_everything
-from video import save_video
+from video import check_ffmpeg, save_video
 
 
 @dataclasses.dataclass
@@ -191,6 +191,8 @@ def prepare():
     config, resumes = parse_run()
     device = choose_device(config.device)
     check_machine(config, device)
+    if config.save_video:
+        check_ffmpeg("save_video")
     env, eval_envs, replay, agent = build(config, device)
     check_signals()
     folder = RunFolder(config, resumes)

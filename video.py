@@ -7,7 +7,19 @@ import shutil
 import imageio.v3 as iio
 import imageio_ffmpeg
 
-from endings import signals_kept_from_children
+from endings import Refused, signals_kept_from_children
+
+
+def check_ffmpeg(flag):
+    """Raise `Refused` if there is no ffmpeg to write the video for which `flag` asks."""
+    variable = os.environ.get("IMAGEIO_FFMPEG_EXE")
+    try:
+        found = shutil.which(imageio_ffmpeg.get_ffmpeg_exe())
+    except RuntimeError:
+        found = None
+    if not found:
+        why = f"IMAGEIO_FFMPEG_EXE={variable} is no program" if variable else "pip install imageio-ffmpeg"
+        raise Refused(f"--{flag}: needs ffmpeg and finds none; {why}")
 
 
 def save_video(path, frames, fps):

@@ -2,10 +2,14 @@
 
 import io
 import math
+import os
 import textwrap
 from collections import Counter
 from itertools import cycle
 
+os.environ["MPLBACKEND"] = "Agg"  # a notebook's or a desktop's backend fails here
+
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -52,6 +56,7 @@ def curve_styles(curves):
 
 def panels(rows, columns, height, **kwargs):
     """A figure of a paper's column or page width, and its axes; `height` is a row's, in inches."""
+    matplotlib.rcdefaults()  # equal data give equal pictures, whatever a matplotlibrc says
     sns.set_theme(context="paper", style="ticks", rc=THEME)
     width = {1: 3.3, 2: 5.0}.get(columns, 6.9)
     return plt.subplots(rows, columns, figsize=(width, height * rows), squeeze=False, layout="constrained", **kwargs)

@@ -80,7 +80,7 @@ def parse_variants(args):
 def read_text(flag, path):
     """The text of the file that `--flag` names; `Refused` if it cannot be read."""
     try:
-        return pathlib.Path(path).read_text()
+        return pathlib.Path(path).read_text("utf-8-sig")  # without a byte-order mark
     except (OSError, ValueError) as error:
         raise Refused(f"--{flag} {path}: {getattr(error, 'strerror', 'not a text')}") from None
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -11,7 +12,6 @@ import time
 from rich.live import Live
 
 import endings
-import rendering
 from experiments.grid import command
 from experiments.status import STATES, LossProofConsole, hours, plural, return_text, run_status, status_table
 from machine import available_cores
@@ -22,21 +22,17 @@ POLL = 1  # seconds between looks at the processes and their folders
 
 
 def job_environments(jobs):
-    """Yield the environment variables of each of `jobs` processes: an equal share of the cores, GPUs round-robin.
-
-    Each run renders on its training GPU if EGL sees that GPU; in many containers only Mesa can render.
-    """
+    """Yield the environment variables of each of `jobs` processes: an equal share of the cores, GPUs round-robin."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = _installed_gpus() if visible is None else [gpu for gpu in visible.split(",") if gpu]
-    drawing = rendering.egl_devices() if len(gpus) > 1 else 0
     for job in range(jobs):
         environment = {"OMP_NUM_THREADS": str(max(1, available_cores() // jobs)), **os.environ}
+        environment["RUNS_PER_GPU"] = str(math.ceil(jobs / max(1, len(gpus))))  # for --replay_device auto
+        if jobs > 1:
+            environment.setdefault("LP_NUM_THREADS", "0")  # Mesa draws in the calling thread: the same pixels
         if len(gpus) > 1:
-            gpu = environment["CUDA_VISIBLE_DEVICES"] = gpus[job % len(gpus)]
-            if gpu.isdigit():
-                environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-                if int(gpu) < drawing:
-                    environment.setdefault("MUJOCO_EGL_DEVICE_ID", gpu)
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[job % len(gpus)]
+            environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
         yield environment
 
 

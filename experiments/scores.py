@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import pathlib
 import re
+import sys
 import zlib
 
 import numpy as np
@@ -69,25 +70,35 @@ def _read_folder(folder):
     }
     rows = []
     for run in runs:
-        if (run / "args.json").exists():
-            args = load_args(run)
-        else:
-            args = dataclasses.asdict(complete(parse_flags(Config, planned[run])))
-        flags = {name: args.get(name, default) for name, default in METHOD.items()}
-        task, place = f"{args['domain_name']}-{args['task_name']}", run.resolve()
-        in_layout = place.name == f"s{args['seed']}" and place.parent.name == task
-        known = {
-            "run": str(run),
-            "variant": place.parent.parent.name if in_layout else None,
-            "task": task,
-            "agent": args["agent"],
-            "seed": args["seed"],
-            "state": load_state(run),
-            **{name: "none" if value is None else value for name, value in flags.items()},
-            **_made_with(args),
-        }
-        rows += [{**row, **known} for row in load_rows(run, "eval.log")] or [known]
+        try:
+            rows += _read_run(run, planned.get(run))
+        except (Refused, OSError) as error:
+            print(f"warning: {run} is left out: {error}", file=sys.stderr)
+    if not rows:
+        raise Refused(f"{folder}: holds no run that can be read")
     return pd.DataFrame(rows)
+
+
+def _read_run(run, planned):
+    """Rows of one run, a list of dicts; `planned` are its flags in sweep.json."""
+    if planned is None or (run / "args.json").exists():
+        args = load_args(run)
+    else:
+        args = dataclasses.asdict(complete(parse_flags(Config, planned)))
+    flags = {name: args.get(name, default) for name, default in METHOD.items()}
+    task, place = f"{args['domain_name']}-{args['task_name']}", run.resolve()
+    in_layout = place.name == f"s{args['seed']}" and place.parent.name == task
+    known = {
+        "run": str(run),
+        "variant": place.parent.parent.name if in_layout else None,
+        "task": task,
+        "agent": args["agent"],
+        "seed": args["seed"],
+        "state": load_state(run),
+        **{name: "none" if value is None else value for name, value in flags.items()},
+        **_made_with(args),
+    }
+    return [{**row, **known} for row in load_rows(run, "eval.log")] or [known]
 
 
 def _made_with(args):

@@ -52,15 +52,17 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the rename durable too
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk, after an OSError
         temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:80]
+        cause = error
+        while cause.__context__ and not isinstance(cause, OSError):
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0][:80]
         raise OSError(f"{path}: not written ({reason})") from None
+    folder = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # CIFS and some FUSE file systems refuse to sync a folder
+        os.fsync(folder)  # makes the rename durable too
+    os.close(folder)
 
 
 def write_json(path, value):
@@ -158,12 +160,20 @@ def load_sweep(folder):
 
 
 def find_runs(folder):
-    """Run folders in `folder` at any depth: first those listed in a sweep.json, started or not, then the others."""
-    found = {}
-    for sweep in sorted(pathlib.Path(folder).rglob("sweep.json")):
-        found |= {sweep.parent / run["folder"]: None for run in load_sweep(sweep.parent)["runs"]}
-    found |= {args.parent: None for args in sorted(pathlib.Path(folder).rglob("args.json"))}
-    return list(found)
+    """Run folders in `folder` at any depth: those in a sweep.json, started or not, others, and unreadable folders."""
+    planned, others, unreadable = [], [], []
+
+    def keep(error):
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            unreadable.append(pathlib.Path(error.filename))
+
+    for place, folders, files in os.walk(folder, onerror=keep):
+        folders[:] = [] if "args.json" in files else sorted(folders)
+        if "sweep.json" in files:
+            planned += [pathlib.Path(place, run["folder"]) for run in load_sweep(place)["runs"]]
+        if "args.json" in files:
+            others.append(pathlib.Path(place))
+    return list(dict.fromkeys([*planned, *others, *unreadable]))
 
 
 def load_state(run):
@@ -214,7 +224,7 @@ def parse_run(args=None):
     (`config.UNCHANGING`) or is a larger --num_train_steps. Raises `Refused`, or `RunEnded` if the run there is over.
     """
     config = parse_flags(Config, args)
-    if config.run_dir is None or not _holds_something(config.run_dir):
+    if config.run_dir is None or not _holds_run(config.run_dir):
         config = complete(config)
         check(config)
         return config, False
@@ -253,15 +263,22 @@ def check_resumable(config):
         raise Refused(f"--run_dir {folder}: it has no checkpoint left; the run must be started anew elsewhere")
 
 
-def _holds_something(run_dir):
-    """Whether a folder holds more than the files of a run that was killed before it wrote args.json."""
+def _holds_run(run_dir):
+    """Whether a folder holds a run; `Refused` if it holds anything but one or the caller's logs."""
     try:
-        names = {path.name for path in pathlib.Path(run_dir).iterdir()}
-        return not names <= {"lock", "args.json.tmp", OUTPUT, EXIT_CODE}
+        names = sorted(os.listdir(run_dir))
     except FileNotFoundError:
         return False
     except OSError as error:
         raise Refused(f"--run_dir {run_dir}: {error.strerror}") from None
+    if "args.json" in names:
+        return True
+    # files of a run that was killed before it wrote args.json, and logs such as Slurm's --output
+    known = {"lock", "args.json.tmp", OUTPUT, EXIT_CODE}
+    for name in names:
+        if name in ("train.log", "eval.log") or not (name in known or name.endswith((".log", ".out", ".err", ".txt"))):
+            raise Refused(f"--run_dir {run_dir}: holds {name} and no run (no args.json); name a new or an empty folder")
+    return False
 
 
 def check_writable(flag, folder):
@@ -368,14 +385,17 @@ class RunFolder:
 
 def git_commit():
     """The code's commit hash, with "+" if tracked files have changed; None outside a git checkout."""
-    git = ["git", "-C", pathlib.Path(__file__).resolve().parent.parent]
-    asked = [[*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "-uno"]]
+    here = pathlib.Path(__file__).resolve().parent.parent
+    git = ["git", "--no-optional-locks", "-C", here]  # a lock would make a concurrent `git add` fail
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # set by hooks
+    asked = [[*git, "rev-parse", "--show-toplevel", "HEAD"], [*git, "status", "--porcelain", "-uno"]]
     try:
         with signals_kept_from_children():
-            commit, changes = (subprocess.check_output(words, stderr=subprocess.DEVNULL, text=True) for words in asked)
-        return commit.strip() + "+" * bool(changes)
+            answers = [subprocess.run(words, capture_output=True, env=environment, check=True) for words in asked]
     except (OSError, subprocess.CalledProcessError):
         return None
+    top, commit = os.fsdecode(answers[0].stdout).splitlines()
+    return commit + "+" * bool(answers[1].stdout) if pathlib.Path(top) == here else None
 
 
 def provenance(device):
