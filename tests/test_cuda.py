@@ -1,8 +1,7 @@
-"""What a GPU would meet, without one: every update on the meta device, every graph of torch.compile, the renderer's GPU."""
+"""CUDA without a GPU: updates on the meta device, graphs of torch.compile, the GPU that draws, shares of its memory."""
 
 import functools
 import os
-import sys
 import types
 
 import numpy as np
@@ -111,11 +110,10 @@ def test_compiled_networks_stay_compiled(monkeypatch, flags):
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **kwargs: compile_(self, dynamic=False, backend=backend)
     )
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()
-    run_updates(f"--compile {flags}", "cpu")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        run_updates(f"--compile {flags}", "cpu")
     assert 12 <= len(graphs) <= 24
-    run_updates(f"--compile {flags}", "cpu")
 
 
 @pytest.fixture
@@ -123,9 +121,7 @@ def gl(monkeypatch):
     """A machine on which EGL, without a choice or on a device that can draw, works."""
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
-    monkeypatch.setattr(
-        rendering, "sys", types.SimpleNamespace(modules={}, platform="linux", executable=sys.executable)
-    )
+    monkeypatch.setattr(rendering, "sys", types.SimpleNamespace(modules={}, platform="linux"))  # before dm_control
     monkeypatch.setattr(rendering, "renderer", functools.cache(lambda backend: "works"))
     yield
     os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)
@@ -171,9 +167,7 @@ def test_egl_devices_here():
         assert rendering.egl_devices()
 
 
-@pytest.mark.parametrize(
-    "free, runs, place", [(80e9, 1, "cuda"), (80e9, 32, "cpu"), (3e9, 1, "cpu"), (30e9, 4, "cuda")]
-)
+@pytest.mark.parametrize("free, runs, place", [(80e9, 1, "cuda"), (80e9, 32, "cpu"), (3e9, 1, "cpu"), (9e9, 4, "cuda")])
 def test_the_replay_shares_a_gpu(monkeypatch, free, runs, place):
     """2.1 GB of frames go to the GPU if they take less than half of this run's share beyond the networks."""
     chosen = []
