@@ -15,7 +15,9 @@ def run(body, **kwargs):
     return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, **kwargs)
 
 
-@pytest.mark.parametrize("name, code", [("TERM", 75), ("USR1", 75), ("HUP", 75), ("INT", 130)])
+@pytest.mark.parametrize(
+    "name, code", [("TERM", 75), ("USR1", 75), ("USR2", 75), ("XCPU", 75), ("HUP", 75), ("INT", 130)]
+)
 def test_a_signal_is_heard_and_answered_later(name, code):
     body = f"""
 endings.check_signals()
@@ -53,7 +55,7 @@ endings.listen()
 with endings.signals_kept_from_children():
     child = subprocess.Popen(["sleep", "0.3"])
     os.kill(me, signal.SIGTERM)
-for number in endings.NOT_FOR_CHILDREN:
+for number in endings.EXIT_CODES:
     child.send_signal(number)
 print(child.wait())
 try:
