@@ -1,6 +1,7 @@
 """CUDA without a GPU: updates on the meta device, graphs of torch.compile, the GPU that draws, shares of its memory."""
 
 import functools
+import json
 import os
 import types
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gymnasium.spaces import Box
+from test_train import STATE
 
 import cody
 import encoder
@@ -197,3 +199,28 @@ def test_tf32_is_on_only_if_asked_for(precision):
     on = precision == "tf32"
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (on, on)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_deterministic_on_a_cpu(tmp_path, call):
+    """Accepted there, where it changes nothing; a run keeps it."""
+    flags = f"{STATE} --num_train_steps 20 --deterministic --run_dir {tmp_path}/a"
+    result = call("train.py", flags)
+    assert result.returncode == 0 and " in fp32, deterministic, " in result.stdout
+    assert json.loads((tmp_path / "a/args.json").read_text())["deterministic"] is True
+    assert not torch.are_deterministic_algorithms_enabled()
+    result = call("train.py", f"--no_deterministic --num_train_steps 30 --run_dir {tmp_path}/a")
+    assert result.returncode == 2 and "--deterministic False: the run has True" in result.stderr
+
+
+def test_deterministic_on_cuda(monkeypatch):
+    """What make_agent asks of torch, with a stand-in for the agent, since there is no GPU."""
+    monkeypatch.setattr("agent.SAC", lambda *args: None)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        make_agent(parse(["--deterministic"]), (9, 84, 84), 1, torch.device("cuda"))
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = True
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

@@ -86,8 +86,9 @@ def test_what_is_no_run(tmp_path, call):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("a")
     (tmp_path / "old").mkdir()
+    what = "holds thesis.tex and no run (no args.json); name a new or an empty folder"
     for folder, line in (
-        ("full", f"train.py: error: {tmp_path}/full: not the folder of a run (args.json: No such file or directory)\n"),
+        ("full", f"train.py: error: --run_dir {tmp_path}/full: {what}\n"),
         ("full/thesis.tex", f"train.py: error: --run_dir {tmp_path}/full/thesis.tex: Not a directory\n"),
     ):
         result = call("train.py", f"{SHORT} --run_dir {tmp_path}/{folder}")

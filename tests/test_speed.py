@@ -336,7 +336,7 @@ def test_worker_steps_beside_its_caller():
     worker.resume()
     obs, *rest = there.finish()
     assert np.array_equal(obs, expected[0]) and rest == list(expected[1:])
-    assert np.array_equal(here.draw(32, 48), there.draw(32, 48))
+    assert np.array_equal(here.draw(), there.draw())
     there.close()
 
 

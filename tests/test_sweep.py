@@ -47,7 +47,7 @@ seed, begun = config.seed, time.time()
 folder.begin(0, {})
 with open(folder.path / "times", "a") as file:
     print(begun, os.environ["OMP_NUM_THREADS"], os.environ.get("CUDA_VISIBLE_DEVICES"),
-          os.environ.get("MUJOCO_EGL_DEVICE_ID"), file=file)
+          os.environ["RUNS_PER_GPU"], file=file)
 print(f"seed {seed} begins", flush=True)
 with open(folder.path / "eval.log", "w") as log:
     print(json.dumps({"step": 0, "env_step": 0, "episode_reward": 100.0 + seed}), file=log)
@@ -317,20 +317,19 @@ def spans(folder):
 
 def test_jobs_share_the_machine(here, call, monkeypatch):
     monkeypatch.setattr(processes, "available_cores", lambda: 7)
-    monkeypatch.setattr(processes.rendering, "egl_devices", lambda: 5)  # so the sixth GPU computes but cannot draw
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert call("sweep.py", "--name a --jobs 3 -- --seed 6 --omega_cody_loss 1,2,3,4,5").returncode == 0
     moments = sorted([(begin, 1) for begin, _ in spans(here)] + [(end, -1) for _, end in spans(here)])
     running = [sum(change for _, change in moments[: k + 1]) for k in range(len(moments))]
     assert max(running) == 3
     told = [tuple((run / "times").read_text().split()[1:4]) for run in find_runs(here)]
-    assert {told[0], told[1]} == {("2", "4", "4"), ("2", "6", "None")} and told[2] == ("2", "4", "4")
+    assert {told[0], told[1]} == {("2", "4", "2"), ("2", "6", "2")} and told[2] == ("2", "4", "2")
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "3")
-    assert [(p["OMP_NUM_THREADS"], p["MUJOCO_EGL_DEVICE_ID"]) for p in processes.job_environments(2)] == [
-        ("1", "3")
-    ] * 2
+    assert [(p["OMP_NUM_THREADS"], p["LP_NUM_THREADS"]) for p in processes.job_environments(2)] == [("1", "0")] * 2
+    assert [p.get("LP_NUM_THREADS") for p in processes.job_environments(1)] == [os.environ.get("LP_NUM_THREADS")]
+    monkeypatch.setenv("LP_NUM_THREADS", "3")
+    assert [p["LP_NUM_THREADS"] for p in processes.job_environments(2)] == ["3"] * 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f6d")
     assert [p["CUDA_VISIBLE_DEVICES"] for p in processes.job_environments(2)] == ["GPU-8f6d"] * 2
 
