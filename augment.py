@@ -35,6 +35,6 @@ def _random_windows(images, size, lowest, highest, times):
     rows = (corners[:, :1] + steps).clamp(0, H - 1)  # (n, size)
     columns = (corners[:, 1:] + steps).clamp(0, W - 1)
     first = (torch.arange(n, device=device) % B * H * W).view(n, 1, 1)  # index of each image's first pixel
-    places = first + rows[:, :, None] * W + columns[:, None, :]  # (n, size, size)
+    indices = first + rows[:, :, None] * W + columns[:, None, :]  # (n, size, size)
     pixels = images.permute(0, 2, 3, 1).reshape(B * H * W, C)
-    return pixels.index_select(0, places.view(-1)).view(n, size, size, C).permute(0, 3, 1, 2)
+    return pixels.index_select(0, indices.view(-1)).view(n, size, size, C).permute(0, 3, 1, 2)

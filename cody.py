@@ -3,8 +3,8 @@
 Symbols as in docs/algorithm.md: z = f(o) latent, z_bar target latent, p posterior, q prior, u sample of the posterior,
 which predicts the next latent and the reward (d + 1 numbers).
 
-The released code steps the encoder with two Adams on the same gradient, at encoder_lr and at cody_lr. One Adam at the
-summed rate is the same.
+The released code steps the encoder with two Adams on the same gradient, at encoder_lr and at cody_lr. The sequential
+update here has one Adam at the summed rate, which is the same.
 """
 
 import copy

@@ -52,7 +52,7 @@ def _nested(flags, groups, default):
 
 
 def _check_words(flags, args) -> None:
-    """Refuse an unknown flag, a number that is none and a wrong choice, before tyro explains them in a box."""
+    """Refuse unknown flags, malformed numbers and invalid choices before tyro prints its box."""
     types = {f"--{field.name}": field.type for field in dataclasses.fields(flags)}
     known = [*types, *(f"--no_{flag[2:]}" for flag, type_ in types.items() if type_ is bool)]
     for i, word in enumerate(args):

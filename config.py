@@ -1,7 +1,7 @@
 """Every flag of `train.py`: its type, default and meaning. Importable without torch.
 
 `parse` turns a command line into a complete, checked and frozen `Config`. For an invalid value it raises `Refused`
-with a one-line message: the flag, its value, and what would be right.
+with a one-line message: the flag, its value, and the accepted values.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ class TrainingFlags:
 
 @dataclasses.dataclass(frozen=True)
 class SpeedFlags:
-    """Speed and memory; only update_mode and precision change the numbers."""
+    """Speed and memory; only update_mode and precision change results beyond float32 rounding."""
 
     update_mode: Literal["sequential", "joint"] = "sequential"
     """sequential: the critic's and CoDy's optimizers step the encoder in turn. joint: one forward of o_t and one
@@ -315,7 +315,7 @@ def check(config: Config) -> None:
 
 
 def _ranges(c: Config):
-    """(ok, flag, what would be right) for each value on its own."""
+    """(ok, flag, the accepted values) for each value on its own."""
     floats = [f.name for f in dataclasses.fields(c) if isinstance(getattr(c, f.name), float)]
     yield from ((math.isfinite(getattr(c, flag)), flag, "must be finite") for flag in floats)
     yield from ((getattr(c, flag) >= 1, flag, "must be at least 1") for flag in AT_LEAST_1)

@@ -101,7 +101,7 @@ class Dashboard:
         return {path.name: sync(path) for path in self._event_files()}
 
     def cut(self, lengths, step):
-        """Cut the event files to their `lengths` at a checkpoint at `step`; TensorBoard drops what it read beyond."""
+        """Cut event files to `lengths` (at the checkpoint at `step`); TensorBoard discards events read beyond them."""
         for path in self._event_files():
             if length := lengths.get(path.name):
                 os.truncate(path, length)
@@ -124,7 +124,7 @@ class Dashboard:
                 finally:
                     wandb.teardown(code)  # else wandb tries again when this process exits
             except Exception as error:  # of many types; its process may be gone, as after a TERM to all processes
-                message(f"warning: --wandb: it lacks the newest events of tb/ ({type(error).__name__})")
+                message(f"warning: --wandb: upload incomplete; only tb/ has the newest events ({type(error).__name__})")
 
     def _event_files(self):
         return sorted((self._folder / "tb").glob("events.out.tfevents.*"))

@@ -20,7 +20,7 @@ _received = []
 
 
 class Ending(Exception):
-    """Ends the command with a line on stderr, in the class's `form`, and an exit code, the class's if `code` is None.
+    """Ends the command: prints one line to stderr (see `form`) and exits with `code`, by default the class's.
 
     A run that has started records `state` in run.json.
     """
@@ -33,7 +33,7 @@ class Ending(Exception):
 
 
 class Refused(Ending):
-    """Invalid input: the line names the flag or file, its value, and what would be right."""
+    """Invalid input: the line names the flag or file, its value, and the accepted values."""
 
     code, form = REFUSED, "{command}: error: {line}"
 

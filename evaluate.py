@@ -45,7 +45,7 @@ def check_video_path(video):
     if path.suffix != ".mp4":
         raise Refused(f"--video {video}: must end in .mp4")
     if path.exists():
-        raise Refused(f"--video {video}: exists and is not written over")
+        raise Refused(f"--video {video}: exists and is not overwritten")
     if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
         raise Refused(f"--video {video}: {path.absolute().parent} is not a folder that can be written to")
 

@@ -124,7 +124,7 @@ class Logger:
         self.message(f"{self._folder}: {resumes}seed {c.seed}, {on}, {sees}, {replay.description}")
         if c.precision == "bf16" and device.type == "cpu" and (ratio := bf16_time_ratio()) >= 1:
             self.message(
-                f"warning: --precision bf16: a convolution takes {ratio:.2f} times as long in it as in fp32 here"
+                f"warning: --precision bf16: convolutions take {ratio:.2f} times as long as in fp32 on this machine"
             )
 
     def _watch_losses(self, step, means):

@@ -48,12 +48,12 @@ def check_replaceable(path, inputs):
     if not path.exists():
         return
     if path.resolve() in [pathlib.Path(p).resolve() for p in inputs]:
-        raise Refused(f"--out: {path} is read and would be written over; name another")
+        raise Refused(f"--out: {path} is an input and would be overwritten; name another")
     content = path.read_bytes() if path.is_file() else b""
     header = content.partition(b"\n")[0].decode(errors="replace")
     ours = header.endswith(",".join(EVALUATION)) or header.startswith(",".join(TABLE[:3]))
     if MADE_BY.encode() not in content and not ours:
-        raise Refused(f"--out: {path} is there and plot.py has not made it; name another")
+        raise Refused(f"--out: {path} exists and was not made by plot.py; name another")
 
 
 def parse_command(argv):
@@ -66,7 +66,7 @@ def parse_command(argv):
                 raise Refused(f"--table {word}: must be environment steps; folders come before --table")
     args = parse_flags(Args, argv)
     if not args.paths:
-        raise Refused("names nothing to plot; name folders of runs or files of curves, as plot.py runs/omega")
+        raise Refused("nothing to plot; give run folders or curve files, such as runs/omega")
     if args.table is not None and args.diagnostics:
         raise Refused("--diagnostics: not together with --table, which is a command of its own")
     if args.statistic != "mean" and (args.table is not None or args.diagnostics):

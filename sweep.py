@@ -129,7 +129,7 @@ def resumed(folder):
 
 @endings.command()
 def main():
-    """Print the status, submit to Slurm, print the commands, or do the runs; exit code 1 means that some failed."""
+    """Print the status, submit to Slurm, print the commands, or execute the runs; exit code 1 if some failed."""
     args, flags = parse_command(sys.argv[1:])
     if args.status is not None:
         print_status(pathlib.Path(args.status))
@@ -140,7 +140,7 @@ def main():
     else:
         folder = pathlib.Path(args.work_dir, args.name)
         if not (folder / "sweep.json").exists() and any(folder.rglob("args.json")):
-            raise Refused(f"--name {args.name}: {folder} holds runs that are of no sweep; choose another")
+            raise Refused(f"--name {args.name}: {folder} contains runs that do not belong to a sweep; choose another")
         runs = plan(args, flags, folder)
     merge(folder, runs)  # refuse contradictions before creating anything
     if args.slurm is not None:

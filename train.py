@@ -6,7 +6,7 @@
     python train.py --run_dir runs/a                             # start a run in this folder, or resume it
 
 `python train.py --help` lists every flag. A run writes <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/:
-args.json, run.json, train.log, eval.log, checkpoint/ and, if the flags ask for them, tb/, video/, model/.
+args.json, run.json, train.log, eval.log, checkpoint/ (until it finishes), model/ and, if requested, tb/ and video/.
 """
 
 import endings
@@ -165,7 +165,7 @@ class Run:
         except FloatingPointError as error:
             ending = self.logger.explain(error)
         except torch.OutOfMemoryError as error:  # raised by CUDA, with a paragraph as message
-            less = "--replay_device cpu, fewer runs at once or a smaller --batch_size take less"
+            less = "reduce memory with --replay_device cpu, a smaller --batch_size or fewer parallel runs"
             ending = Ending(f"{str(error).split('. ')[0]}; {less}")
         except (Ending, OSError, MemoryError) as error:  # a dead worker, a full disk
             ending = error if isinstance(error, Ending) else Ending(error)

@@ -49,9 +49,9 @@ THEME = {
 
 def curve_styles(curves):
     """{curve: properties of its line}, distinguishable for colour-blind readers and in grayscale."""
-    looks = zip(cycle(sns.color_palette("colorblind")), cycle(STYLES), cycle(MARKERS), strict=False)
+    styles = zip(cycle(sns.color_palette("colorblind")), cycle(STYLES), cycle(MARKERS), strict=False)
     names = ("color", "linestyle", "marker")
-    return {curve: dict(zip(names, look, strict=True)) for curve, look in zip(curves, looks, strict=False)}
+    return {curve: dict(zip(names, style, strict=True)) for curve, style in zip(curves, styles, strict=False)}
 
 
 def panels(rows, columns, height, **kwargs):
@@ -165,7 +165,7 @@ def draw_diagnostics(frame):
     logs = {run: training_log(run) for run in runs["run"]}
     names = [name for name in DIAGNOSTICS if any(log[name].notna().any() for log in logs.values())]
     if not names:
-        raise Refused("--diagnostics: no train.log here has any of them; runs of --agent cody_sac log them")
+        raise Refused("--diagnostics: no run logged any diagnostics; runs of --agent cody_sac do")
     silent = [(run.curve, run.seed) for run in runs.itertuples() if not logs[run.run][names].notna().any(axis=None)]
     styles = curve_styles(runs["curve"].unique())
     dashes = dict(zip(sorted(runs["seed"].unique()), cycle(STYLES), strict=False))
@@ -186,7 +186,7 @@ def draw_diagnostics(frame):
                 draw_run(over_return, log["episode_reward"], log[name], run.seed, **style)
     handles = []
     for curve, style in styles.items():
-        words = seeds_text({seed: "without them" for of, seed in silent if of == curve})
+        words = seeds_text({seed: "not logged" for of, seed in silent if of == curve})
         handles.append(Line2D([], [], color=style["color"], label=legend_label(ours, curve, words)))
     handles += [Line2D([], [], color="0.3", linestyle=line, label=f"seed {seed}") for seed, line in dashes.items()]
     draw_legend(figure, handles)

@@ -37,9 +37,9 @@ def parse_grid(flags):
             value = tokens.pop(0) if tokens and not tokens[0].startswith("--") else None
         name = flag[2:].replace("-", "_")
         if name in grid:
-            raise Refused(f"--{name}: given twice; values with commas between them make a grid")
+            raise Refused(f"--{name}: given twice; separate values with commas")
         if name in ("work_dir", "run_dir"):
-            raise Refused(f"--{name}: a sweep names the folders of its runs; --work_dir before the -- is its own")
+            raise Refused(f"--{name}: a sweep names the folders of its runs; use --work_dir before the --")
         values = [None] if value is None else value.split(",")
         if "" in values:
             raise Refused(f"--{name} {shorten(value)}: an empty value")
@@ -63,7 +63,7 @@ def parse_variants(args):
         if not colon or not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
             raise Refused(f"--variant {shorten(line)}: must be 'name: flags', a name of letters, digits, _.+-")
         if name in variants:
-            raise Refused(f"--variant {name}: two of that name")
+            raise Refused(f"--variant {name}: two variants have this name")
         try:
             variants[name] = parse_grid(shlex.split(flags, comments=True))
         except ValueError as error:
@@ -82,7 +82,7 @@ def read_text(flag, path):
     try:
         return pathlib.Path(path).read_text("utf-8-sig")  # without a byte-order mark
     except (OSError, ValueError) as error:
-        raise Refused(f"--{flag} {path}: {getattr(error, 'strerror', 'not a text')}") from None
+        raise Refused(f"--{flag} {path}: {getattr(error, 'strerror', 'not a text file')}") from None
 
 
 def combinations(variants, grid):
@@ -125,7 +125,7 @@ def plan(args, flags, folder):
     runs, checked = {}, set()
     for variant, values, point in combinations(parse_variants(args), parse_grid(flags)):
         if point.get("seed") == "-1":
-            raise Refused("--seed -1: the seeds of a sweep are names of folders; give them")
+            raise Refused("--seed -1: a sweep needs explicit seeds, which name its folders")
         words = as_flags(point)
         try:
             config = parse(words)
@@ -136,7 +136,7 @@ def plan(args, flags, folder):
         name = f"{differs}/{task}/s{config.seed}"
         result = _result(config)
         if result in runs:
-            raise Refused(f"{runs[result][0]} and {name}: the same run twice")
+            raise Refused(f"{runs[result][0]} and {name}: identical runs")
         runs[result] = (name, words)
         check_writable("name", str(folder / name))
         needs = tuple(getattr(config, flag) for flag in CHECKED)
@@ -209,5 +209,5 @@ def locked(folder):
 
 
 def command(path, flags):
-    """The command that does the run in folder `path`, a list of tokens."""
+    """The command that executes the run in folder `path`, a list of tokens."""
     return [sys.executable, str(HERE / "train.py"), *flags, "--run_dir", str(path)]

@@ -18,7 +18,7 @@ from machine import available_cores
 from storage.run_folder import EXIT_CODE, OUTPUT, is_written, last_line, load_status, write_json
 
 ATTEMPTS = 3  # times to start a run that keeps crashing
-POLL = 1  # seconds between looks at the processes and their folders
+POLL = 1  # seconds between polls of the processes and their folders
 
 
 def job_environments(jobs):
@@ -46,7 +46,7 @@ def _installed_gpus():
 
 
 class Scheduler:
-    """Does the runs named in `todo`, a subset of a sweep's `runs`, in at most `jobs` processes at once."""
+    """Executes the runs named in `todo`, a subset of a sweep's `runs`, in at most `jobs` processes at once."""
 
     def __init__(self, folder, runs, todo, jobs):
         self._folder, self._runs, self._console = folder, runs, LossProofConsole()
@@ -59,7 +59,7 @@ class Scheduler:
         self._statuses = {name: run_status(folder / name) for name in runs}
 
     def run(self):
-        """Do the runs and report on them; returns the exit code of the sweep."""
+        """Execute the runs and report on them; returns the exit code of the sweep."""
         with Live(console=self._console, auto_refresh=False, transient=True) as screen:  # draws only on a terminal
             try:
                 while self._step():
@@ -88,7 +88,7 @@ class Scheduler:
         before, self._elsewhere = self._elsewhere, {name: load_status(self._folder / name) for name in written}
         for name, owner in self._elsewhere.items():
             if name not in before:
-                self._console.print(f"{name}: waiting for {_process(owner)}, which does this run already")
+                self._console.print(f"{name}: waiting for {_process(owner)}, which is already running it")
         # runs that outlived a killed sweep on this host still occupy its cores
         outlived = sum(owner.get("host") == socket.gethostname() for owner in self._elsewhere.values())
         ready = [name for name in self._waiting if name not in self._elsewhere]

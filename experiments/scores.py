@@ -174,7 +174,7 @@ def with_curves(frame, hue):
         if name not in possible:
             near = difflib.get_close_matches(name, possible, n=1, cutoff=0.5)
             nearest = f"; the nearest is {near[0]}" if near else ""
-            raise Refused(f"--hue {name}: not variant, agent or a flag of the method{nearest}")
+            raise Refused(f"--hue {name}: must be variant, agent or a flag that defines the method{nearest}")
         if name not in frame or ours[name].isna().any():
             right = "not all runs are in <variant>/<task>/s<seed>" if name == "variant" else "not known of all runs"
             raise Refused(f"--hue {name}: {right}")
@@ -186,7 +186,8 @@ def with_curves(frame, hue):
     for (curve, task, seed), part in frame.groupby(["curve", "task", "seed"], sort=False):
         if part["run"].nunique() > 1 or part["env_step"].duplicated().any():
             two = " and ".join(part["run"].unique()[:2])
-            raise Refused(f"--hue {','.join(names)}: does not tell seed {seed} of {curve} on {task} apart: {two}")
+            why = f"has seed {seed} twice; add a flag to --hue or leave out a path: {two}"
+            raise Refused(f"--hue {','.join(names)}: {curve} on {task} {why}")
     return frame, names
 
 

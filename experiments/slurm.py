@@ -15,7 +15,7 @@ from storage.run_folder import load_sweep
 def submit(folder, runs, args):
     """Submit those of `runs` that are neither over nor queued; --dry_run prints them instead."""
     if not args.dry_run and not shutil.which("sbatch"):
-        raise Refused("--slurm: there is no sbatch here; without --slurm the sweep runs on this machine")
+        raise Refused("--slurm: sbatch not found; without --slurm the sweep runs on this machine")
     script, elements = batch(folder, runs, load_sweep(folder)["jobs"], args)  # refuse before creating files
     if args.dry_run:
         if elements:
@@ -82,10 +82,10 @@ def fill(path, **values):
     for name, value in values.items():
         place = f"@{name.upper()}@"
         if place not in script:
-            raise Refused(f"--slurm_script {path}: {place} is missing in it")
+            raise Refused(f"--slurm_script {path}: {place} is missing")
         cannot = "\n" if name == "options" else '\n"$`\\' + "%" * (name == "folder")  # Slurm reads % as a number
         if bad := set(str(value)) & set(cannot):
-            raise Refused(f"--slurm: {value} has {''.join(bad)!r} in it, which a batch script cannot hold")
+            raise Refused(f"--slurm: {value} contains {''.join(bad)!r}, which a batch script cannot contain")
         script = script.replace(place, str(value))
     return script
 
@@ -96,7 +96,7 @@ def slurm(*words, input=None):
     try:
         done = subprocess.run(words, input=input, capture_output=True, text=True, env=environment)
     except FileNotFoundError:
-        raise Refused(f"--slurm: there is no {words[0]} here, and this sweep was submitted before") from None
+        raise Refused(f"--slurm: {words[0]} not found, and this sweep was submitted before") from None
     forgotten = words[0] == "squeue" and "Invalid job id" in done.stderr  # a job that ended long ago
     if done.returncode and not forgotten:
         lines = done.stderr.strip().splitlines() or [f"{words[0]} failed"]

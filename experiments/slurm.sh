@@ -12,7 +12,7 @@
 cd "@HERE@" || exit
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_ON_NODE}
 
-# do the runs of this element one by one, resuming those that have started
+# execute the runs of this element one after the other, resuming those that have started
 SWEEP_ELEMENT="@NUMBER@:$SLURM_ARRAY_TASK_ID" "@PYTHON@" "@SWEEP@" --resume "@FOLDER@" &
 sweep=$!
 

@@ -23,7 +23,7 @@ import torch
 from endings import Refused
 from storage.run_folder import CHECKPOINT, write_json, write_whole
 
-CHECKPOINT_INTERVAL_RATIO = 50  # after an evaluation: least time since the last checkpoint over that one's duration
+CHECKPOINT_INTERVAL_RATIO = 50  # after an evaluation: minimum ratio of time since the last checkpoint to its duration
 
 
 def save_model(agent, folder, step):
@@ -42,7 +42,7 @@ def load_model(agent, folder, step=None):
     saved = sorted(int(path.stem) for path in pathlib.Path(folder).glob("*.pt") if path.stem.isdigit())
     if not saved:
         raise Refused(
-            f"{folder}: no saved model; one comes when the run is finished, or with --save_model at each evaluation"
+            f"{folder}: no saved model yet; a run saves one when it finishes, or with --save_model at each evaluation"
         )
     step = saved[-1] if step is None else step
     if step not in saved:
@@ -60,7 +60,7 @@ class Checkpoints:
     """The checkpoints of one run, saved every `minutes`.
 
     `parts` are {name: object with a state_dict}; one is `replay`, which also writes its own files. `made_with` holds
-    all that bit-exact results depend on, see `provenance`; `message` prints a line for the user.
+    everything that bit-exact results depend on, see `provenance`; `message` prints a line for the user.
     """
 
     def __init__(self, folder, parts, minutes, made_with, message):
@@ -131,13 +131,13 @@ class Checkpoints:
                 reason = (str(error).splitlines() or [""])[0][:80]
                 raise Refused(f"{self._folder}: made by another version of this code ({reason})") from None
             before, now = _flat(made_with), _flat(self._made_with)
-            changes = [f"{k} {before.get(k)} then, {now[k]} now" for k in now if before.get(k) != now[k]]
+            changes = [f"{k} was {before.get(k)}, is {now[k]}" for k in now if before.get(k) != now[k]]
             if changes:
-                self._message(f"warning: no longer bit for bit an uninterrupted run: {', '.join(changes)}")
+                self._message(f"warning: results may no longer be bit-identical: {', '.join(changes)}")
             self._kept = {number: {*files, f"{number:06d}.json"}}
             return True
         if damaged:
-            raise Refused(f"{damaged[0]}; no checkpoint is whole, so the run must be started anew elsewhere")
+            raise Refused(f"{damaged[0]}; no intact checkpoint; start a new run in another folder")
         return False
 
     def _read(self, number):

@@ -4,7 +4,7 @@ args.json    every flag, the provenance of the run, and an entry for each time t
 run.json     one small object, replaced atomically: `state` (running, stopped, finished, diverged), `step`, `env_step`,
              `num_train_steps`, `time` of the last update (seconds since 1970), `host`, `pid`, `reason` for stopping
 lock         held by the process that writes here
-train.log, eval.log, tb/, wandb/, video/, model/, checkpoint/
+train.log, eval.log, tb/, wandb/, video/, model/, checkpoint/; in a sweep also output.log and exit_code.json
 
 A sweep's folder also holds sweep.json, the list of its planned runs.
 """
@@ -237,7 +237,7 @@ def parse_run(args=None):
         old, new = getattr(before, field.name), getattr(config, field.name)
         grows = field.name == "num_train_steps" and new > old
         if old != new and field.name not in UNCHANGING and not grows:
-            right = "it may only grow" if field.name == "num_train_steps" else "a flag of a run cannot change"
+            right = "it may only grow" if field.name == "num_train_steps" else "flags of an existing run cannot change"
             raise Refused(f"--{field.name} {shorten(new)}: the run has {shorten(old)} and {right}: {config.run_dir}")
     check(config)
     check_resumable(config)
@@ -260,7 +260,7 @@ def check_resumable(config):
             "--keep_checkpoint keeps it"
         )
     if load_rows(folder, "train.log"):
-        raise Refused(f"--run_dir {folder}: it has no checkpoint left; the run must be started anew elsewhere")
+        raise Refused(f"--run_dir {folder}: no checkpoint is left; start a new run in another folder")
 
 
 def _holds_run(run_dir):
@@ -343,7 +343,8 @@ class RunFolder:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            print(f"warning: {self.path}: no file locks here, so start no second process on this run", flush=True)
+            advice = "this file system has no file locks; do not start a second process on this run"
+            print(f"warning: {self.path}: {advice}", flush=True)
         return lock
 
     def begin(self, step, made_with):

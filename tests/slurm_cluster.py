@@ -50,7 +50,7 @@ PartitionName=urgent Nodes={node} PriorityTier=2
 
 
 def missing():
-    """Why Slurm cannot be started here, a line, or None."""
+    """The reason why Slurm cannot start on this machine, one line, or None."""
     if os.geteuid() != 0:
         return "not root"
     absent = [program for program in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(program)]
@@ -58,13 +58,13 @@ def missing():
 
 
 class Cluster:
-    """What `cluster` gives: `env`, the environment for its commands, and ways to ask and to disturb it."""
+    """A running cluster: `env`, the environment for its commands, and methods to query and disturb it."""
 
     def __init__(self, folder, env, name):
         self.env, self._folder, self._name = env, folder, name
 
     def run(self, *command, **env):
-        """What a command of the cluster prints; RuntimeError if it fails."""
+        """Output of a Slurm command; RuntimeError if it fails."""
         command = [str(word) for word in command]
         done = subprocess.run(command, env=self.env | env, capture_output=True, text=True)
         if done.returncode:
@@ -72,7 +72,7 @@ class Cluster:
         return done.stdout
 
     def wait(self, predicate, seconds):
-        """What `predicate()` gives once it is true; TimeoutError, with the ends of the logs, if it never is."""
+        """The first true value of `predicate()`; TimeoutError, with the ends of the logs, if it never is."""
         end = time.monotonic() + seconds
         while not (value := predicate()):
             if time.monotonic() > end:
@@ -86,12 +86,12 @@ class Cluster:
         self.run(name, *options, SLURM_CLUSTER_NAME=self._name)
 
     def node_up(self):
-        """Start the node, or have it back after `node_down`, and wait until the cluster uses it."""
+        """Start the node, also after `node_down`, and wait until the cluster uses it."""
         self.start("slurmd")
         self.wait(lambda: self.run("sinfo", "--noheader", "--format=%t").split()[0] in ("idle", "mix", "alloc"), 60)
 
     def node_down(self):
-        """A power cut: whatever ran on the node is gone, and the cluster knows."""
+        """A power cut: all processes on the node are killed, and the cluster is told."""
         self.stop(but=("munged", "slurmctld", "slurmscriptd"))
         self.run("scontrol", "update", f"nodename={NODE}", "state=down", "reason=test")
 

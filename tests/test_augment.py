@@ -11,7 +11,7 @@ def images(n=64, size=20):
 
 
 def matches(window, source, size):
-    """Corners at which `window` (C, size, size) stands in `source` (C, H, W)."""
+    """Corners at which `window` (C, size, size) occurs in `source` (C, H, W)."""
     span = source.shape[-1] - size + 1
     return [
         (y, x) for y in range(span) for x in range(span) if torch.equal(window, source[:, y : y + size, x : x + size])
@@ -29,7 +29,7 @@ def test_random_shift_is_a_crop_of_the_replicate_padded_image():
 
 
 def test_several_augmentations_of_each_image():
-    """All images once, then all again, each time with a shift of its own."""
+    """All images once, then all again, each with its own shift."""
     x = images(n=16)
     for shifted, source, size in (
         (random_shift(x, times=3), F.pad(x.float(), (4, 4, 4, 4), mode="replicate").to(torch.uint8), 20),

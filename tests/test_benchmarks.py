@@ -22,7 +22,7 @@ def test_throughput(call):
 
 
 def test_medians_over_rounds():
-    """Of a row that was slow in one round, once in three, the other rounds count; ratios are taken within a round."""
+    """Medians are over all rounds, ratios within each round."""
     from benchmarks.throughput import table
 
     rounds = [

@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(saved, tmp_pat
 
 
 def test_a_changed_manifest(saved, tmp_path):
-    """Though it is JSON of the right form."""
+    """Although it is JSON of the right form."""
     shutil.copytree(saved[0], tmp_path / "run")
     path = tmp_path / "run" / "checkpoint" / "000003.json"
     text = path.read_text()
@@ -149,13 +149,13 @@ def test_nothing_can_be_used(saved, tmp_path, damage):
     data = path.read_bytes()[:1000]
     path.write_bytes(damage(data)) if damage else path.unlink()
     before = sorted(path.name for path in folder.rglob("*"))
-    with pytest.raises(Refused, match="replay: damaged .* no checkpoint is whole, .* started anew elsewhere"):
+    with pytest.raises(Refused, match="replay: damaged .* no intact checkpoint; start a new run in another folder"):
         open_run(folder)[0].load()
     assert sorted(path.name for path in folder.rglob("*")) == before
 
 
 def test_the_newest_frames_are_damaged(saved, tmp_path):
-    """Those that the checkpoint before has not."""
+    """Files that the previous checkpoint does not have."""
     folder = tmp_path / "run"
     shutil.copytree(saved[0], folder)
     path = folder / "checkpoint" / "000000000000.replay"
@@ -167,7 +167,7 @@ def test_the_newest_frames_are_damaged(saved, tmp_path):
 
 
 def test_a_full_disk(tmp_path):
-    """The last checkpoint is as it was, wherever there was no more room; nothing half-written stays."""
+    """The last checkpoint is unchanged, whichever file did not fit, and no partial file remains."""
     checkpoints, part, replay = open_run(tmp_path)
     advance(part, replay, 1)
     checkpoints.save()
@@ -185,11 +185,11 @@ def test_what_bit_equality_depends_on(saved, tmp_path):
     said = []
     assert open_run(tmp_path / "run", said, torch="3", versions={"numpy": "4"})[0].load()
     (line,) = said
-    assert line == "warning: no longer bit for bit an uninterrupted run: torch 1 then, 3 now, numpy 2 then, 4 now"
+    assert line == "warning: results may no longer be bit-identical: torch was 1, is 3, numpy was 2, is 4"
 
 
 def test_how_often(tmp_path, monkeypatch):
-    """Each 10 minutes; after an evaluation unless it would cost over 2 %."""
+    """Every 10 minutes, and after an evaluation unless it would cost more than 2 %."""
     now = [0.0]
     monkeypatch.setattr("storage.checkpoint.time.monotonic", lambda: now[0])
     checkpoints, part, replay = open_run(tmp_path)
@@ -207,7 +207,7 @@ def test_how_often(tmp_path, monkeypatch):
 
 
 def test_old_segments_go(tmp_path, monkeypatch):
-    """Those that no kept checkpoint needs."""
+    """Files that no kept checkpoint needs."""
     monkeypatch.setattr("storage.journal.SEGMENT_BYTES", 1000)
     checkpoints, part, _ = open_run(tmp_path)
     replay = checkpoints._parts["replay"] = make_replay(40, FRAME, 2)

@@ -1,4 +1,4 @@
-"""The parts of the CoDy loss against torch.distributions and brute force, and what its gradient reaches."""
+"""The parts of the CoDy loss against torch.distributions and brute force, and the reach of its gradient."""
 
 import copy
 import math

@@ -174,7 +174,7 @@ def test_config_imports_without_torch():
 
 
 def test_refusals_without_unicode():
-    """A terminal that knows ASCII only gets another frame around tyro's messages, which goes too."""
+    """On an ASCII terminal tyro draws another frame around its messages; it is removed too."""
     for flags, line in (
         ("--update_mode fast", "--update_mode fast: must be one of sequential, joint\n"),
         ("--bach 3", "unrecognized flag --bach; the nearest is --batch_size\n"),

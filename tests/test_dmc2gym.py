@@ -192,7 +192,7 @@ def test_no_usable_backend_names_the_packages(monkeypatch):
         "quadruped-walk",
     ],
 )
-def test_a_restored_episode_goes_on_as_it_would_have(task):
+def test_a_restored_episode_continues_unchanged(task):
     """In another environment, of another seed: states and rewards to the end of the episode, and the next one's."""
     domain, name = task.split("-")
 

@@ -85,7 +85,7 @@ def test_diverged_physics_stops_at_ten_episodes_in_a_row():
 
 
 def test_a_worker_needs_no_torch():
-    """Which is nearly half of its size, and of the time it takes to start."""
+    """torch is nearly half of a worker's memory and of its start-up time."""
     env = WorkerEnv(parse(["--image_size", "32"]), 0)
     env.reset()
     maps = {pathlib.Path(m.path).name for m in psutil.Process(env._process.pid).memory_maps()}

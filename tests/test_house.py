@@ -1,4 +1,4 @@
-"""The structure: five rules about imports, one list of packages, no package unused or unlisted."""
+"""The structure: six rules about imports, one list of packages, no package unused or unlisted."""
 
 import ast
 import pathlib

@@ -1,4 +1,4 @@
-"""plot.py: what is drawn and written equals plain loops over the logs, and no run is lost on the way.
+"""plot.py: figures and files equal plain loops over the logs, and no run is lost on the way.
 
 IQM and intervals are held to rliable 1.2.0 (with arch 7.2.0, pandas 2.3.3), whose numbers are stored here.
 """
@@ -37,8 +37,8 @@ def make_run(folder, flags="", returns=(), state="finished", **made_with):
         for step, value in zip(steps, returns, strict=True)
     ]
     (folder / "eval.log").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    word = {"state": "running" if state == "died" else state, "step": 1, "num_train_steps": 12500}
-    (folder / "run.json").write_text(json.dumps({**word, "host": "elsewhere", "pid": 1}))
+    recorded = {"state": "running" if state == "died" else state, "step": 1, "num_train_steps": 12500}
+    (folder / "run.json").write_text(json.dumps({**recorded, "host": "elsewhere", "pid": 1}))
 
 
 def noisy(seed, top=800.0, n=11):
@@ -172,7 +172,7 @@ def test_kills_change_no_byte_of_the_csv(tmp_path, call):
     make_run(cut, "", noisy(1)[:6], "died")
     call("plot.py", f"{tmp_path}/cut")
     before = (tmp_path / "cut/curves.csv").read_bytes()
-    with open(cut / "eval.log", "w") as log:  # as train.py goes on
+    with open(cut / "eval.log", "w") as log:  # as a resumed run would
         log.write((whole / "eval.log").read_text())
     (cut / "run.json").write_text((whole / "run.json").read_text())
     args = json.loads((cut / "args.json").read_text())
@@ -452,7 +452,7 @@ def test_hue(tmp_path):
     ]
     figure = plot.draw_curves(frame, names, "mean")
     assert figure.legends[0].get_title().get_text() == "batch_size, omega_cody_loss"
-    with pytest.raises(Refused, match="--hue batch_size: does not tell seed 1 of 64 on cartpole-swingup apart: "):
+    with pytest.raises(Refused, match="--hue batch_size: 64 on cartpole-swingup has seed 1 twice; add a flag"):
         frame_of(tmp_path, hue="batch_size")
 
 
@@ -519,7 +519,7 @@ def test_diagnostics(tmp_path, call):
     assert steps[0] == 2000 and steps[-1] == 29_000
     assert bound[-1] == pytest.approx(statistics.mean(i / 10 for i in range(20, 30)))
     assert set(labels_of(figure)) == {
-        *("joint (n = 2)", "cody (n = 2; seed 3 missing)", "sac (n = 1; seed 1 without them)"),
+        *("joint (n = 2)", "cody (n = 2; seed 3 missing)", "sac (n = 1; seed 1 not logged)"),
         *("seed 1", "seed 2"),
     }
 
@@ -549,7 +549,7 @@ def test_published_scores_have_sources():
 def test_pictures_are_the_same_twice_and_have_their_fonts(sweep, call):
     call("plot.py", f"{sweep}")
     first = {ending: (sweep / f"curves.{ending}").read_bytes() for ending in ("png", "pdf", "csv")}
-    assert call("plot.py", f"{sweep}").returncode == 0  # its own may be written over
+    assert call("plot.py", f"{sweep}").returncode == 0  # plot.py may overwrite its own files
     assert first == {ending: (sweep / f"curves.{ending}").read_bytes() for ending in first}
     assert b"/FontFile2" in first["pdf"] and b"/Type3" not in first["pdf"]
 
@@ -562,7 +562,7 @@ def test_imports_without_torch():
 @pytest.mark.parametrize(
     "flags, line",
     [
-        ("", "names nothing to plot; name folders of runs or files of curves"),
+        ("", "nothing to plot; give run folders or curve files, such as runs/omega"),
         ("{tmp}/none", "{tmp}/none: no such folder or file"),
         ("{tmp}", "{tmp}: holds no run (no args.json at any depth)"),
         ("{tmp}/other.txt", "{tmp}/other.txt: neither drq's curves"),
@@ -571,12 +571,18 @@ def test_imports_without_torch():
         ("{tmp}/torn", "{tmp}/torn/s1: not the folder of a run (args.json: "),
         (
             "{sweep} --hue omega",
-            "--hue omega: not variant, agent or a flag of the method; the nearest is omega_cody_loss",
+            "--hue omega: must be variant, agent or a flag that defines the method; the nearest is omega_cody_loss",
         ),
-        ("{sweep} --hue seed", "--hue seed: not variant, agent or a flag of the method"),
+        ("{sweep} --hue seed", "--hue seed: must be variant, agent or a flag that defines the method"),
         ("{plain} --hue variant", "--hue variant: not all runs are in <variant>/<task>/s<seed>"),
-        ("{sweep} --hue kl_prior", "--hue kl_prior: does not tell seed 1 of learned on cartpole-swingup apart: "),
-        ("{sweep} {sweep}/cody", "--hue variant: does not tell seed 1 of cody on cartpole-swingup apart: "),
+        (
+            "{sweep} --hue kl_prior",
+            "--hue kl_prior: learned on cartpole-swingup has seed 1 twice; add a flag to --hue or leave out a path: ",
+        ),
+        (
+            "{sweep} {sweep}/cody",
+            "--hue variant: cody on cartpole-swingup has seed 1 twice; add a flag to --hue or leave out a path: ",
+        ),
         (
             "{sweep} --statistic median",
             "--statistic median: must be one of mean, iqm",
@@ -589,17 +595,17 @@ def test_imports_without_torch():
         ("--table 100000 runs/a", "--table runs/a: must be environment steps; folders come before --table"),
         (
             "{sweep} --diagnostics",
-            "--diagnostics: no train.log here has any of them; runs of --agent cody_sac log them",
+            "--diagnostics: no run logged any diagnostics; runs of --agent cody_sac do",
         ),
         ("{sweep} --out {sweep}/sweep.json/x", "--out {sweep}/sweep.json: {here}/{sweep}/sweep.json is not a folder"),
-        ("{sweep} --out {tmp}/other", "--out: {tmp}/other.csv is there and plot.py has not made it; name another"),
-        ("{tmp}/drq.csv --out {tmp}/drq", "--out: {tmp}/drq.csv is read and would be written over; name another"),
+        ("{sweep} --out {tmp}/other", "--out: {tmp}/other.csv exists and was not made by plot.py; name another"),
+        ("{tmp}/drq.csv --out {tmp}/drq", "--out: {tmp}/drq.csv is an input and would be overwritten; name another"),
         ("{begun}", "{begun}: no run has been evaluated yet"),
         ("{plain} {uneven} --table", "--table: no environment step at which all runs were evaluated; name one"),
     ],
 )
 def test_refusals(sweep, tmp_path, monkeypatch, call, flags, line):
-    monkeypatch.chdir(tmp_path)  # a long path would be cut, and what comes after it
+    monkeypatch.chdir(tmp_path)  # a long path would truncate the line
     places = {name: pathlib.Path("places", name) for name in ("plain", "begun", "uneven")}
     places["sweep"] = sweep.relative_to(tmp_path)
     tmp = pathlib.Path("nothing")
@@ -635,7 +641,7 @@ def test_config_of_a_missing_run_is_that_of_its_flags(tmp_path):
 
 
 def test_variants_with_the_same_flags_are_named(tmp_path, call):
-    """As in a sweep that has grown: its first runs lie in a folder that says less."""
+    """As in a sweep that has grown: the folders of its first runs name fewer flags."""
     for variant, seed in (("cody_sac", 0), ("omega_cody_loss=0.001", 1), ("omega_cody_loss=0.01", 1)):
         flags = "--omega_cody_loss 0.01" if variant.endswith("0.01") else ""
         make_run(tmp_path / variant / "cartpole-swingup" / f"s{seed}", f"--seed {seed} {flags}", noisy(seed))

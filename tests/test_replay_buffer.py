@@ -155,7 +155,7 @@ def test_memory_per_transition_and_honest_allocation():
 
 
 def random_lengths(seed):
-    """Of episodes, many of them short."""
+    """With many short episodes."""
     rng = np.random.default_rng(seed)
     return [int(n) for n in np.minimum(rng.geometric(0.15, rng.integers(5, 40)), 10)]
 
@@ -206,7 +206,7 @@ def test_noise_takes_no_more_than_its_own_bytes():
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", ["raw", "lz4"])
 def test_what_is_read_from_the_journal(tmp_path, monkeypatch, seed, kind):
-    """At any moment, in short segments of which the old ones go: the same pairs, and the same draws."""
+    """At any moment, with short segments whose oldest are deleted: the same pairs and the same draws."""
     monkeypatch.setattr(journal, "SEGMENT_BYTES", 500)
     replay, plain = make_replay(40, FRAME, 2, seed=seed, replay_storage=kind), Plain()
     replay.open_journal(tmp_path)
@@ -227,12 +227,12 @@ def test_what_is_read_from_the_journal(tmp_path, monkeypatch, seed, kind):
     assert 2 <= len(files) <= 8
     larger = make_replay(1000, FRAME, 2)
     larger.read(tmp_path, files)
-    assert larger.legal_positions()[0] > int(min(files).split(".")[0]) > 0  # what came before is gone from the journal
+    assert larger.legal_positions()[0] > int(min(files).split(".")[0]) > 0  # earlier segments are gone from the journal
     larger.gather(larger.legal_positions())
 
 
-def test_the_journal_goes_on_behind_a_checkpoint(tmp_path, monkeypatch):
-    """What was written after it is cut: bytes of its last segment, and segments."""
+def test_the_journal_resumes_after_a_checkpoint(tmp_path, monkeypatch):
+    """Later data is removed: the end of its last segment, and whole segments."""
     monkeypatch.setattr(journal, "SEGMENT_BYTES", 1500)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):

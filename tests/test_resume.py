@@ -1,4 +1,4 @@
-"""A run that is killed and started again is, byte for byte, the run that was not. Real dm_control throughout."""
+"""A killed and resumed run equals an uninterrupted one, byte for byte. Real dm_control throughout."""
 
 import json
 import os
@@ -34,11 +34,11 @@ TIMES = ("duration", "decisions_per_s", "updates_per_s", "wall_seconds")
 
 
 class Kill(BaseException):
-    """What SIGKILL does, for a run in this process."""
+    """Simulates SIGKILL for a run in this process."""
 
 
 class Moments:
-    """Counts the things a run does one after the other, and kills it at the one that is due."""
+    """Counts a run's operations in order and kills the run at a given one."""
 
     DOINGS = [
         (env_worker.SerialEnv, "reset"), (env_worker.SerialEnv, "finish"), (sac.SAC, "update"), (logger.Logger, "_row"),
@@ -73,7 +73,7 @@ def rows(path):
 
 
 def numbers(value):
-    """Everything in a nested state as comparable numbers; times and what follows from their digits aside."""
+    """Everything in a nested state as comparable numbers; without times and values that depend on their digits."""
     if isinstance(value, dict):
         return {k: numbers(v) for k, v in value.items() if k not in ("seconds", "row_seconds", "lengths")}
     if isinstance(value, (list, tuple)):
@@ -82,7 +82,7 @@ def numbers(value):
 
 
 def curves(folder):
-    """{tag: [(environment step, value)]} that TensorBoard shows, those of times aside."""
+    """{tag: [(environment step, value)]} that TensorBoard shows, without times."""
     if not folder.exists():
         return {}
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
@@ -94,7 +94,7 @@ def curves(folder):
 
 
 def result(folder):
-    """Everything that a finished run with --keep_checkpoint has come to."""
+    """All results of a finished run with --keep_checkpoint."""
     folder = pathlib.Path(folder)
     last = max((folder / "checkpoint").glob("*.pt"))
     return {
@@ -145,14 +145,14 @@ def test_killed_anywhere(tmp_path, call, moments, variant):
     assert_same(result(tmp_path / "killed"), whole)
 
 
-@pytest.mark.parametrize("moment", ["before the first word", "the first decision", "the first update", "the end"])
+@pytest.mark.parametrize("moment", ["before args.json", "the first decision", "the first update", "the end"])
 def test_killed_at(tmp_path, call, moments, moment):
-    """Moments that dice seldom find, on states."""
+    """Moments that random sampling seldom hits, on states."""
     flags = f"{STATES} --run_dir {tmp_path}"
     assert call("train.py", f"{flags}/whole").returncode == 0
     names = moments.names
     due = {
-        "before the first word": names.index("write_json"),
+        "before args.json": names.index("write_json"),
         "the first decision": [i for i, name in enumerate(names) if name == "finish"][10],  # after 10 of evaluation
         "the first update": names.index("update"),
         "the end": len(names) - 1,

@@ -1,4 +1,4 @@
-"""A run's folder: who may write it, what may change when a run goes on. Runs on states, which start at once."""
+"""A run's folder: its lock, its state, and the flags that may change on resume. Runs on states, which start fast."""
 
 import errno
 import fcntl
@@ -71,10 +71,13 @@ def test_which_flags_may_change(begun, monkeypatch):
     config, resumes = parse_run(f"--num_train_steps 20 --save_video {run_dir}".split())
     assert resumes and config.save_video and config.batch_size == 4 and config.num_train_steps == 20
     for flags, line in (
-        ("--batch_size 8", f"--batch_size 8: the run has 4 and a flag of a run cannot change: {begun}/kept"),
+        ("--batch_size 8", f"--batch_size 8: the run has 4 and flags of an existing run cannot change: {begun}/kept"),
         ("--num_train_steps 15", f"--num_train_steps 15: the run has 16 and it may only grow: {begun}/kept"),
-        ("--agent cody_sac", f"--agent cody_sac: the run has sac and a flag of a run cannot change: {begun}/kept"),
-        ("--omega_cody_loss 0.1", "--omega_cody_loss 0.1: the run has 0.001 and a flag of"),
+        (
+            "--agent cody_sac",
+            f"--agent cody_sac: the run has sac and flags of an existing run cannot change: {begun}/kept",
+        ),
+        ("--omega_cody_loss 0.1", "--omega_cody_loss 0.1: the run has 0.001 and flags of"),
         ("--work_dir a", "--work_dir a: has no effect with --run_dir"),
     ):
         with pytest.raises(Refused) as error:
@@ -104,7 +107,7 @@ def test_a_run_whose_checkpoint_is_gone(begun, tmp_path, call):
     logs = [(folder / name).read_bytes() for name in ("train.log", "eval.log")]
     result = call("train.py", f"--run_dir {folder}")
     assert result.returncode == 2
-    assert result.stderr.endswith("has no checkpoint left; the run must be started anew elsewhere\n")
+    assert result.stderr.endswith(": no checkpoint is left; start a new run in another folder\n")
     assert logs == [(folder / name).read_bytes() for name in ("train.log", "eval.log")]
 
 
@@ -118,15 +121,15 @@ def holder(folder):
 
 
 def test_one_writer(begun, tmp_path, call):
-    """The lock dies with its process, and the folder is as it was for the one that is refused."""
+    """The lock ends with its process; a refused process changes nothing in the folder."""
     folder = tmp_path / "run"
     shutil.copytree(begun / "kept", folder)
     process = holder(folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     flags = f"--num_train_steps 20 --run_dir {folder}"
     result = call("train.py", flags)
-    word = load_status(folder)
-    who = f"another process (pid {word['pid']} on {word['host']}) is writing this run"
+    recorded = load_status(folder)
+    who = f"another process (pid {recorded['pid']} on {recorded['host']}) is writing this run"
     assert (result.returncode, result.stderr) == (2, f"train.py: error: --run_dir {folder}: {who}\n")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     process.kill()
@@ -135,7 +138,7 @@ def test_one_writer(begun, tmp_path, call):
 
 
 def test_a_run_that_another_process_finishes_meanwhile(begun, tmp_path, monkeypatch, call):
-    """Between the first look at the folder and the lock: its logs stay as they are."""
+    """Between the check of the folder and the lock: its logs do not change."""
     shutil.copytree(begun / "kept", tmp_path / "run")
     build = train.build
 
@@ -143,8 +146,8 @@ def test_a_run_that_another_process_finishes_meanwhile(begun, tmp_path, monkeypa
         parts = build(config, device)
         shutil.rmtree(tmp_path / "run")
         shutil.copytree(begun / "finished", tmp_path / "run")
-        word = load_status(tmp_path / "run") | {"num_train_steps": 20}
-        (tmp_path / "run" / "run.json").write_text(json.dumps(word))
+        recorded = load_status(tmp_path / "run") | {"num_train_steps": 20}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(recorded))
         return parts
 
     monkeypatch.setattr(train, "build", build_slowly)
@@ -164,35 +167,35 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     config, _ = parse_run(f"{SHORT} --run_dir {tmp_path}/run".split())
     RunFolder(config, resumes=False).begin(0, {})
     assert capsys.readouterr().out == (
-        f"warning: {tmp_path}/run: no file locks here, so start no second process on this run\n"
+        f"warning: {tmp_path}/run: this file system has no file locks; do not start a second process on this run\n"
     )
     assert not is_written(tmp_path / "run") and load_state(tmp_path / "run") == "died"
     RunFolder(config, resumes=True)
 
 
-def test_how_a_run_stands(begun, tmp_path):
-    """From its folder alone; whether a process writes there is asked of the lock, and does not take it."""
+def test_state_of_a_run(begun, tmp_path):
+    """From its folder alone; the lock shows whether a process writes there, and is queried without being taken."""
     folder = tmp_path / "run"
     assert load_state(folder) == "missing"
     shutil.copytree(begun / "kept", folder)
     assert load_state(folder) == "finished"
-    word = load_status(folder)
+    recorded = load_status(folder)
     for state, seen in (("stopped", "stopped"), ("diverged", "diverged"), ("running", "died")):
-        (folder / "run.json").write_text(json.dumps({**word, "state": state}))
+        (folder / "run.json").write_text(json.dumps({**recorded, "state": state}))
         assert load_state(folder) == seen
     process = holder(folder)
     assert is_written(folder) and load_state(folder) == "running"
     process.kill()
     process.wait()
     assert not is_written(folder) and load_state(folder) == "died"
-    (folder / "run.json").unlink()  # a run that has kept its logs alone
+    (folder / "run.json").unlink()  # only the logs are left
     assert load_state(folder) == "finished"
     (folder / "eval.log").write_text((folder / "eval.log").read_text().splitlines(keepends=True)[0])
     assert load_state(folder) == "stopped"
 
 
 def test_the_runs_of_a_folder(tmp_path):
-    """Those of sweep.json in its order, begun or not, then what else is there."""
+    """First those of sweep.json in its order, started or not, then all others."""
     for name in ("a/x/s1", "a/x/s2", "b"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "args.json").write_text("{}")
@@ -215,7 +218,7 @@ def test_a_diverged_run_says_it_again(tmp_path, call):
 
 
 def test_a_full_disk_in_the_middle_of_a_row(begun, tmp_path, monkeypatch, call):
-    """The torn row goes when the run goes on."""
+    """Resuming the run removes the torn row."""
     row = Logger._row
     torn = []
 
@@ -236,7 +239,7 @@ def test_a_full_disk_in_the_middle_of_a_row(begun, tmp_path, monkeypatch, call):
 
 
 def test_the_end_of_memory(begun, tmp_path, monkeypatch, call):
-    """Before the kernel would end the run, it is saved and says why; with more memory it goes on."""
+    """The run saves a checkpoint and stops before the kernel would kill it; with more memory it resumes."""
     flags = f"{SHORT} --replay_storage lz4 --run_dir {tmp_path}/run"
     room = iter([10**10] * 8)
     with monkeypatch.context() as patch:
@@ -250,8 +253,8 @@ def test_the_end_of_memory(begun, tmp_path, monkeypatch, call):
 
 
 @pytest.mark.parametrize("killed_in", ["finish", "grow"])
-def test_no_room_for_the_last_word(begun, tmp_path, monkeypatch, call, killed_in):
-    """run.json cannot say that the run is finished, or that it goes on: nothing is freed, nothing is taken for done."""
+def test_no_room_for_run_json(begun, tmp_path, monkeypatch, call, killed_in):
+    """If run.json cannot record the end or the resumption of a run, the run keeps its checkpoint and can resume."""
     flags = f"{SHORT} --run_dir {tmp_path}/run"
     if killed_in == "grow":
         shutil.copytree(begun / "kept", tmp_path / "run")
@@ -274,7 +277,7 @@ def test_no_room_for_the_last_word(begun, tmp_path, monkeypatch, call, killed_in
 
 @pytest.mark.parametrize("text", ["null", "[]", '{"state": "finished"}', '{"state": "diverged"}', '{"sta', ""])
 def test_an_odd_status(begun, tmp_path, call, text):
-    """It counts as none, and the checkpoint decides."""
+    """A damaged run.json is ignored, and the run resumes from its checkpoint."""
     shutil.copytree(begun / "kept", tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text(text)
     result = call("train.py", f"--run_dir {tmp_path}/run")
@@ -304,8 +307,7 @@ def test_another_thread_count(begun, tmp_path, monkeypatch, call):
     result = call("train.py", f"--num_train_steps 20 --run_dir {tmp_path}/run")
     assert result.returncode == 0
     assert (
-        "warning: no longer bit for bit an uninterrupted run: threads " in result.stdout
-        and " then, 77 now" in result.stdout
+        "warning: results may no longer be bit-identical: threads was " in result.stdout and ", is 77" in result.stdout
     )
 
 
@@ -321,7 +323,7 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_fills_up(begun, small_disk, call):
-    """In the middle of the second checkpoint; with more room the run goes on."""
+    """In the middle of the second checkpoint; with more room the run resumes."""
     flags = f"{SHORT} --run_dir {small_disk}/run"
     result = call("train.py", flags)
     assert result.returncode == 1 and result.stderr.startswith(f"{small_disk}/run: stopped: ")
@@ -335,7 +337,7 @@ def test_a_disk_that_fills_up(begun, small_disk, call):
 
 
 def test_a_folder_that_is_read_only(begun, monkeypatch, call):
-    """A finished run can still be asked how it stands."""
+    """train.py still reports that a finished run has finished."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert call("train.py", f"--run_dir {begun}/kept").returncode == 0
     result = call("train.py", f"--num_train_steps 20 --run_dir {begun}/kept")

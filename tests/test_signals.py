@@ -18,7 +18,7 @@ def run(body, **kwargs):
 @pytest.mark.parametrize(
     "name, code", [("TERM", 75), ("USR1", 75), ("USR2", 75), ("XCPU", 75), ("HUP", 75), ("INT", 130)]
 )
-def test_a_signal_is_heard_and_answered_later(name, code):
+def test_a_signal_is_recorded_and_handled_later(name, code):
     body = f"""
 endings.check_signals()
 endings.listen()
@@ -41,15 +41,15 @@ def test_the_second_ctrl_c_ends_at_once():
 
 @pytest.mark.parametrize("name", ["HUP", "INT"])
 def test_what_was_ignored_stays_ignored(name):
-    """As nohup and a shell's & start a process."""
+    """As in a process started by nohup or a shell's &."""
     number = getattr(signal, f"SIG{name}")
-    body = f"endings.listen()\nos.kill(me, signal.SIG{name})\nendings.check_signals()\nprint('goes on')"
+    body = f"endings.listen()\nos.kill(me, signal.SIG{name})\nendings.check_signals()\nprint('continues')"
     done = run(body, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
-    assert (done.returncode, done.stdout) == (0, "goes on\n")
+    assert (done.returncode, done.stdout) == (0, "continues\n")
 
 
 def test_children_do_not_hear():
-    """Not even what was sent while they were started; the parent does, afterwards."""
+    """Not even one sent while they start; the parent receives it afterwards."""
     body = """
 endings.listen()
 with endings.signals_kept_from_children():

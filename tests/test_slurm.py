@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason
 
 
 def sweep(folder, *words, env=os.environ):
-    """What sweep.py says in `folder`."""
+    """Output of sweep.py, run in `folder`."""
     command = [sys.executable, ROOT / "sweep.py", *words]
     done = subprocess.run(command, cwd=folder, env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -42,7 +42,7 @@ def result(folder):
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """The sweep as this machine does it."""
+    """The same sweep on this machine, without Slurm."""
     folder = tmp_path_factory.mktemp("here")
     sweep(folder, "--name", "a", "--jobs", "2", "--", *FLAGS.split())
     return result(folder / "runs" / "a")
@@ -56,7 +56,7 @@ def one(tmp_path):
 
 
 def submit(folder, one, *options):
-    """Submit the sweep; the job's number and what sweep.py says."""
+    """Submit the sweep; the job's number and sweep.py's output."""
     words = ["--name", "a", "--slurm", "--time=10", *options, "--", *FLAGS.split()]
     said = sweep(folder, *words, env=one.env)
     return said.split()[1].rstrip(":"), said
@@ -74,7 +74,7 @@ def at_work(one, run, step):
 
 
 def element(one, job, index):
-    """What Slurm says of an element, {name: value}."""
+    """Slurm's record of an element, {name: value}."""
     said = one.run("scontrol", "show", "job", "-o", f"{job}_{index}")
     return dict(word.partition("=")[::2] for word in said.split())
 
@@ -87,7 +87,7 @@ def test_interrupted_in_every_way(tmp_path, one, here):
     at_work(one, runs[0], 30)
     at_work(one, runs[1], 30)
     assert element(one, job, 2)["JobState"] == "PENDING"  # --jobs at once
-    # as Slurm does ahead of the time limit; scancel itself goes on trying when the element is in the queue again
+    # as Slurm does ahead of the time limit; scancel itself keeps trying when the element is in the queue again
     with subprocess.Popen(["scancel", "--batch", "--signal=USR1", f"{job}_0"], env=one.env) as signalling:
         one.wait(lambda: element(one, job, 0)["Restarts"] == "1", 60)
         signalling.kill()
@@ -95,7 +95,7 @@ def test_interrupted_in_every_way(tmp_path, one, here):
     one.run("scontrol", "requeue", f"{job}_1")
     one.wait(lambda: element(one, job, 1)["Restarts"] == "1", 60)
 
-    assert submit(tmp_path, one)[1] == "runs/a: nothing to submit\n"  # what is in the queue is not submitted again
+    assert submit(tmp_path, one)[1] == "runs/a: nothing to submit\n"  # queued runs are not submitted again
     at_work(one, runs[2], 30)
     one.run("scancel", f"{job}_2")
     one.wait(lambda: load_state(runs[2]) == "stopped", 60)
@@ -113,7 +113,7 @@ def test_interrupted_in_every_way(tmp_path, one, here):
 
 
 def test_the_time_limit_and_a_more_urgent_job(tmp_path, one, here):
-    """Runs that meet the limit come back until they are done, two in an element, and so do those that are preempted."""
+    """Runs that reach the time limit or are preempted are requeued until they finish; two runs per element."""
     job, said = submit(tmp_path, one, "--runs_per_job", "2")
     assert f"job {job}: 4 runs in 2 elements" in said
     folder = tmp_path / "runs" / "a"

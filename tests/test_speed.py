@@ -1,4 +1,4 @@
-"""The faster paths: what they share, what they change, and that the rest stays the same."""
+"""The faster modes: the computations that they share or change; all else stays the same."""
 
 import copy
 import math
@@ -144,7 +144,7 @@ def test_calm_steps_of_cody_in_joint_mode(small_agent, random_batch):
 
 
 def gradients_of(optimizer, parameters):
-    """What the first step of an Adam has seen, from its first moment."""
+    """The gradient of an Adam's first step, from its first moment."""
     return [optimizer.state[p]["exp_avg"] / 0.1 for p in parameters]
 
 
@@ -218,7 +218,7 @@ def test_beta2_of_codys_step(small_agent):
 
 
 def test_the_warm_up_begins_with_the_first_update(tmp_path, call, monkeypatch):
-    """Which is that of the decision after --init_steps, and may be one of several."""
+    """The first update of the decision after --init_steps, which may make several."""
     rates, step = [], SAC._auxiliary_step
 
     def noted(agent, *args):
@@ -266,7 +266,7 @@ def test_convolutions_agree_with_plain_ones_on_scaled_pixels(num_strided, stride
 @pytest.mark.parametrize("index", [1, 2])
 def test_conv_passes_of_one_update(small_agent, random_batch, index, target, critic):
     """o_t before and after the critic's step, o_{t+1} online, targets of o_{t+1} and o_{t-1}; the targets' features of
-    o_{t+1} a second time only where an EMA step lies between. Only critic and target look at further augmentations."""
+    o_{t+1} a second time only where an EMA step comes between. Only critic and target use further augmentations."""
     expected = {
         "sequential": [critic, 1, target, target, 1] + [1] * (index == 2),
         "joint": [critic, target, target, 1],
@@ -316,7 +316,7 @@ def test_precision_reaches_the_agent(small_agent, random_batch):
 
 
 def test_worker_steps_beside_its_caller():
-    """`start` returns before the step is made, and `finish` gives what the environment here gives."""
+    """`start` returns before the step is made, and `finish` returns the same as the environment in this process."""
     config = parse(["--action_repeat", "10", "--image_size", "32"])
     here, there = SerialEnv(config, 5), WorkerEnv(config, 5)
     assert (here.observation_space, here.action_space) == (there.observation_space, there.action_space)
@@ -358,7 +358,7 @@ def test_what_the_worker_cannot_make_is_the_callers_error():
 
 
 def test_keep_freed_memory_ends_page_faults():
-    """Counted by the system: a block that is freed and taken again is not mapped anew."""
+    """The kernel's page faults show that a freed block is reused, not mapped again."""
     script = (
         "import resource, sys, torch\n"
         "from machine import keep_freed_memory\n"
@@ -383,7 +383,7 @@ def test_compiled_updates_agree(small_agent, random_batch, tmp_path, monkeypatch
     flags = f"--num_filters 8 --update_mode {mode}"
     plain, compiled, batch = small_agent(flags), small_agent(f"{flags} --compile"), random_batch()
     assert compiled.encoder.convs._compiled_call_impl and not plain.encoder.convs._compiled_call_impl
-    torch._dynamo.reset()  # what an earlier test has compiled
+    torch._dynamo.reset()  # compiled by an earlier test
     torch._dynamo.utils.counters.clear()
     for index in range(2):
         torch.manual_seed(index)
@@ -406,7 +406,7 @@ def test_compiled_updates_agree(small_agent, random_batch, tmp_path, monkeypatch
     ],
 )
 def test_updates_never_wait_for_the_gpu(storage, flags):
-    """Acting alone has to wait, for its action."""
+    """Only acting waits for the device, which computes its action."""
     device = torch.device("cuda")
     replay = make_replay(200, (3, 84, 84), 2, episode_steps=50, device=device, replay_device=storage)
     for i in range(100):

@@ -90,7 +90,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start(here):
-    """Factory: sweep.py on the stand-in as a process of its own, like a user's; nothing of it outlives the test."""
+    """Factory: sweep.py on the stand-in in its own process, as users run it; all its processes end with the test."""
     script = "import pathlib, endings, sweep; from experiments import grid; endings.listen()\n"
     script += "grid.HERE = pathlib.Path('code'); sweep.main()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -221,9 +221,9 @@ def test_shipped_variants(here, call, file):
         ("--name a -- --omga_cody_loss 0.1,1", "unrecognized flag --omga_cody_loss; the nearest is --omega_cody_loss"),
         ("--name a -- --omega_cody_loss 0.1,", "--omega_cody_loss 0.1,: an empty value"),
         ("--name a -- --omega_cody_loss 0.1,0.10", "omega_cody_loss=0.1/cartpole-swingup/s1 and omega_cody_loss=0.10/"),
-        ("--name a -- --seed 1,1", "cody_sac/cartpole-swingup/s1 and cody_sac/cartpole-swingup/s1: the same run twice"),
-        ("--name a -- --seed 1 --seed 2", "--seed: given twice; values with commas between them make a grid"),
-        ("--name a -- --seed -1", "--seed -1: the seeds of a sweep are names of folders; give them"),
+        ("--name a -- --seed 1,1", "cody_sac/cartpole-swingup/s1 and cody_sac/cartpole-swingup/s1: identical runs"),
+        ("--name a -- --seed 1 --seed 2", "--seed: given twice; separate values with commas"),
+        ("--name a -- --seed -1", "--seed -1: a sweep needs explicit seeds, which name its folders"),
         ("--name a -- seed 1", "seed: flags of train.py and their values come after the --"),
         ("--name a -- --seed 1 2", "2: flags of train.py and their values come after the --"),
         ("--name a -- --run_dir x", "--run_dir: a sweep names the folders of its runs"),
@@ -265,7 +265,7 @@ def test_wrong_variants(here, variant, line):
 
 
 def test_every_end_of_a_run(here, call):
-    """Finished, diverged, dead again and again, killed once, refused: each is reported, nothing is tried for ever."""
+    """Finished, diverged, repeatedly crashing, killed once, refused: each is reported, and retries are limited."""
     result = call("sweep.py", "--name a --jobs 3 -- --seed 0,1,2,3,4")
     assert result.returncode == 1
     said = result.stdout.splitlines()
@@ -346,7 +346,7 @@ def test_gpus_that_the_driver_knows_of(here, monkeypatch):
 
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_stopped_sweep_goes_on(here, start, sent, code):
+def test_a_stopped_sweep_resumes(here, start, sent, code):
     command = ["--name", "a", "--jobs", "2", "--", "--seed", "5,0", "--omega_cody_loss", "1,2"]
     process = start(*command)
     waiting = [here / f"omega_cody_loss={omega}/cartpole-swingup/s5" for omega in (1, 2)]
@@ -376,7 +376,7 @@ def test_runs_that_a_killed_sweep_has_left_behind(here, start):
     pid = load_status(first)["pid"]
     who = f"cody_sac/cartpole-swingup/s5: {{}} process {pid} on {socket.gethostname()}, which {{}}\n"
     for each in (stopped, process):
-        assert each.stdout.readline() == who.format("waiting for", "does this run already")
+        assert each.stdout.readline() == who.format("waiting for", "is already running it")
     time.sleep(2 * processes.POLL)
     stopped.send_signal(signal.SIGTERM)
     said = stopped.communicate(timeout=30)[0]
@@ -414,7 +414,7 @@ def test_on_a_terminal_the_table_is_drawn_live(here, start):
     ],
 )
 def test_a_run_that_ends_before_it_begins(here, call, script, state, word):
-    """It has no args.json; its exit code tells whether it can begin when it is started again."""
+    """It has no args.json; its exit code tells whether a second start can succeed."""
     (here.parent.parent / "code" / "train.py").write_text(script)
     assert call("sweep.py", "--name a -- --seed 0").returncode == 1
     result = call("sweep.py", f"--status {here}")
@@ -457,14 +457,17 @@ def test_a_folder_that_cannot_be_read_hides_no_other(here, call):
 
 
 def test_runs_of_no_sweep_are_left_alone(here, call, cluster):
-    """train.py's own runs may lie where a sweep of that name would."""
+    """The folder may already hold runs that train.py started without a sweep."""
     own = here / "cody_sac-20260101-000000-s1"
     own.mkdir(parents=True)
     (own / "args.json").write_text("{}")
     for words in ("--name a", "--name a --slurm --time=1"):
         result = call("sweep.py", f"{words} -- --seed 0")
         assert result.returncode == 2
-        assert result.stderr == "sweep.py: error: --name a: runs/a holds runs that are of no sweep; choose another\n"
+        assert (
+            result.stderr
+            == "sweep.py: error: --name a: runs/a contains runs that do not belong to a sweep; choose another\n"
+        )
     assert list(here.parent.rglob("*")) == [here, own, own / "args.json"]
 
 
@@ -486,7 +489,7 @@ def test_status_needs_the_folders_alone(here, call):
 
 @pytest.fixture
 def cluster(here, monkeypatch):
-    """Commands named as Slurm's that note what they are given."""
+    """Stand-ins for Slurm's commands that record their arguments."""
     folder = here.parent.parent / "bin"
     folder.mkdir()
     sbatch = f"#!/bin/sh\ncat > {folder}/script\nenv > {folder}/env\necho 17\n"
@@ -598,7 +601,7 @@ def test_a_reader_that_goes_away(here, start):
 
 
 def test_a_narrow_terminal(capsys):
-    """The names are wrapped, what is said of them is whole."""
+    """Only the names are wrapped."""
     run = status.RunStatus("finished", 63_000, 63_000, 1000.0, None, "")
     Console(width=60).print(
         status.status_table({f"omega_cody_loss=0.0{k},cody_lr=1e-4/ball_in_cup-catch/s1": run for k in (1, 2)})
@@ -613,8 +616,7 @@ def test_no_cluster(here, call, monkeypatch):
     result = slurm(call, "-- --seed 0")
     assert result.returncode == 2 and not here.exists()
     assert (
-        result.stderr
-        == "sweep.py: error: --slurm: there is no sbatch here; without --slurm the sweep runs on this machine\n"
+        result.stderr == "sweep.py: error: --slurm: sbatch not found; without --slurm the sweep runs on this machine\n"
     )
 
 
@@ -622,7 +624,7 @@ def test_batch_scripts_that_cannot_work(here, call, cluster):
     script = here.parent.parent / "mine.sh"
     script.write_text((ROOT / "experiments" / "slurm.sh").read_text().replace("@ARRAY@", "0-1"))
     for words, line in (
-        ("--slurm_script mine.sh", "--slurm_script mine.sh: @ARRAY@ is missing in it"),
+        ("--slurm_script mine.sh", "--slurm_script mine.sh: @ARRAY@ is missing"),
         ("--slurm_script none.sh", "--slurm_script none.sh: No such file or directory"),
         ("--work_dir runs%a", "--slurm: "),
     ):
@@ -643,7 +645,7 @@ def test_a_cluster_that_refuses(here, call, cluster):
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     assert "Invalid job array specification" in result.stderr and not here.exists()
 
-    here.mkdir(parents=True)  # what was there stays
+    here.mkdir(parents=True)  # existing files stay
     (here / "notes").write_text("mine")
     assert slurm(call, "-- --seed 0").returncode == 2
     assert (here / "notes").read_text() == "mine" and names(here) == []
@@ -653,7 +655,7 @@ def test_a_cluster_that_refuses(here, call, cluster):
 
 
 def test_the_reason_comes_first(here, call, cluster):
-    """What sbatch says may be long, and a line is cut."""
+    """The output of sbatch may be long, and a refusal is truncated."""
     (cluster / "sbatch").write_text("#!/bin/sh\nprintf 'sbatch: error: x\nsbatch: error: the reason\n' >&2\nexit 1\n")
     result = slurm(call, "-- --seed 0")
     assert result.stderr == "sweep.py: error: --slurm: sbatch: error: the reason; sbatch: error: x\n"
@@ -665,7 +667,7 @@ def test_a_copy_of_a_sweep_that_was_submitted_elsewhere(here, call, cluster, mon
     monkeypatch.setenv("PATH", str(cluster))
     result = slurm(call, "--dry_run -- --seed 0")
     assert result.returncode == 2
-    assert result.stderr == ("sweep.py: error: --slurm: there is no squeue here, and this sweep was submitted before\n")
+    assert result.stderr == ("sweep.py: error: --slurm: squeue not found, and this sweep was submitted before\n")
 
 
 # --- real runs

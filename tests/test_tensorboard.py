@@ -1,4 +1,4 @@
-"""What a person sees in TensorBoard and in Weights & Biases."""
+"""The pages that a user sees in TensorBoard, and the upload to Weights & Biases."""
 
 import importlib.util
 import os
@@ -57,7 +57,7 @@ def test_groups_are_sorted_as_a_person_reads():
     assert [tag.split("/")[0] for tag in tags] == ["charts", "losses", "losses", "metrics", "speed"]
 
 
-def test_flags_and_layout_come_once_and_the_best_return_goes_on(tmp_path):
+def test_flags_and_layout_come_once_and_the_best_return_is_kept(tmp_path):
     logger = begin(tmp_path / "run", "--seed 5 --no_dynamics_layer_norm")
     write(logger, [100.0, 700.0, 300.0])
     state = logger.state_dict()
@@ -184,7 +184,7 @@ def test_pages(page, tmp_path):
 
 
 def test_sessions_of_the_same_host_and_process_lose_nothing(tmp_path, monkeypatch):
-    """As in a container that is started again: the names of their event files differ in nothing else."""
+    """As in a restarted container: only the number distinguishes the names of their event files."""
     monkeypatch.setattr(event_file_writer, "_global_uid", types.SimpleNamespace(get=lambda: 0))
     logger = begin(tmp_path / "run")
     write(logger, [100.0, 200.0, 300.0])
@@ -201,7 +201,7 @@ def test_sessions_of_the_same_host_and_process_lose_nothing(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("named", [False, True])
 def test_wandb_that_refuses(tmp_path, monkeypatch, call, named):
-    """A new folder goes again; one that was asked for says why nothing is in it."""
+    """A folder below --work_dir is deleted; one named by --run_dir records the reason in run.json."""
 
     def refuse(*args):
         raise OSError("--wandb p: no API key")
@@ -219,7 +219,7 @@ def test_wandb_that_refuses(tmp_path, monkeypatch, call, named):
 
 
 def test_wandb_that_is_not_there(tmp_path, monkeypatch, call):
-    """Nor is it where the package has only left a folder of its name."""
+    """A leftover folder named wandb does not count as the package."""
     line = "train.py: error: --wandb p: the package is not installed; pip install wandb\n"
     for found in (None, importlib.machinery.ModuleSpec("wandb", None)):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found)
@@ -239,7 +239,7 @@ def test_wandb_flags():
 
 
 def test_wandb(tmp_path):
-    """Offline: a run that goes on keeps its id; everything lies in its folder; a TERM to all ends it as without."""
+    """Offline: a resumed run keeps its id, all files are in its folder, and TERM stops it as without wandb."""
     pytest.importorskip("wandb")
     environment = {**os.environ, "WANDB_MODE": "offline", "HOME": str(tmp_path / "home")}
     (tmp_path / "home").mkdir()

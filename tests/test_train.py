@@ -81,7 +81,7 @@ def test_what_a_run_writes(trained):
     ]  # fmt: skip
     args = json.loads((folder / "args.json").read_text())
     assert args["action_repeat"] == 100 and args["critic_lr"] == 1e-3 and args["seed"] == 3
-    assert args["command"][:2] == ["train.py", "--action_repeat"]  # wherever it lies
+    assert args["command"][:2] == ["train.py", "--action_repeat"]  # without the script's folder
     assert set(args["versions"]) == {"torch", "mujoco", "dm_control", "gymnasium", "numpy"}
     assert args["mujoco_gl"] in ("egl", "osmesa", "glfw")
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -246,7 +246,7 @@ def test_evaluate_refuses_in_one_line(trained, tmp_path, monkeypatch, call):
         ("--rum run", "unrecognized flag --rum; the nearest is --run"),
         (f"--run {'x' * 300}", "xxx"),
         ("--run run --num_eval_episodes 0", "--num_eval_episodes 0: must be at least 1"),
-        ("--run run --video e.mp4", "--video e.mp4: exists and is not written over"),
+        ("--run run --video e.mp4", "--video e.mp4: exists and is not overwritten"),
         ("--run run --video e.txt", "--video e.txt: must end in .mp4"),
         ("--run run --video a/e.mp4", f"--video a/e.mp4: {tmp_path}/a is not a folder"),
     ):
@@ -272,7 +272,7 @@ def on_a_full_disk(function):
 
 @pytest.mark.parametrize("name", ["save_model", "save_video"])
 def test_training_on_a_full_disk(tmp_path, monkeypatch, call, name):
-    """One line, and nothing half-written beside what was whole."""
+    """One line on stderr, and no partial file."""
     monkeypatch.setattr(train, name, on_a_full_disk(getattr(train, name)))
     result = call("train.py", f"{SMALL} --save_model --save_video --work_dir {tmp_path}")
     folder = only_run(tmp_path)
@@ -291,7 +291,7 @@ def test_memory_that_the_networks_lack(tmp_path, monkeypatch, call, when):
 
         monkeypatch.setattr(SAC, "update", update)
         result = call("train.py", f"{STATE} --run_dir {tmp_path}/a")
-        line = f"{tmp_path}/a: stopped: CUDA out of memory; --replay_device cpu, fewer runs at once or "
+        line = f"{tmp_path}/a: stopped: CUDA out of memory; reduce memory with --replay_device cpu, a smaller "
         assert (result.returncode, load_status(tmp_path / "a")["state"]) == (1, "stopped")
     else:
         monkeypatch.setattr("agent.SAC", lambda *args: torch.empty(2**50))
@@ -311,7 +311,7 @@ def test_memory_that_runs_out_before_a_run_begins(tmp_path, monkeypatch, call):
 
 
 def test_the_last_rows_are_on_the_disk_before_the_checkpoint_goes(tmp_path, monkeypatch, call):
-    """Else a power cut takes them, and what they could be computed from."""
+    """Otherwise a power cut could lose both the rows and the checkpoint that reproduces them."""
     synced = {}
 
     def fsync(descriptor, real=os.fsync):
@@ -346,7 +346,7 @@ def test_no_room_for_a_run(tmp_path, monkeypatch, call):
 
 
 def test_evaluate_on_a_full_disk(trained, tmp_path, monkeypatch, call):
-    """There is no video, nor half of one, but the returns are there."""
+    """There is no video, not even a partial one, but the returns are printed."""
     folder, _ = trained
     monkeypatch.setattr(evaluate, "save_video", on_a_full_disk(save_video))
     result = call("evaluate.py", f"--run {folder} --num_eval_episodes 2 --video {tmp_path}/e.mp4")
@@ -559,7 +559,7 @@ def test_a_non_finite_loss_stops_the_run(tmp_path, call):
 
 
 def test_a_policy_that_diverges_between_readings_stops_the_run(tmp_path, call):
-    """Not in the physics, and with the loss's name where there is one."""
+    """Before its action reaches the physics, with a message that names the non-finite loss if there is one."""
     result = call("train.py", f"{SMALL} --log_interval 1000 --actor_lr 1e30 --work_dir {tmp_path}")
     assert result.returncode == 3 and "Traceback" not in result.stderr
     line = result.stderr.strip().splitlines()[-1]
@@ -568,7 +568,7 @@ def test_a_policy_that_diverges_between_readings_stops_the_run(tmp_path, call):
 
 @pytest.mark.parametrize("console", ["a pipe without its reader", "a terminal that was closed"])
 def test_a_console_that_goes_away(tmp_path, monkeypatch, console):
-    """`| head -1` and a lost connection: the rows are still written, and what is not broken still speaks."""
+    """`| head -1` and a lost connection: the rows are still written, and an intact console still prints."""
     reader, writer = os.pipe() if "pipe" in console else pty.openpty()
     monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
     logger = Logger(tmp_path, parse([]))
@@ -590,7 +590,7 @@ def test_a_console_that_shows_ascii_only(tmp_path, monkeypatch):
 
 
 def test_a_run_without_console(tmp_path):
-    """stdout goes after its first line; stderr is closed, and no file of the run may get its number."""
+    """stdout is lost after its first line; stderr is closed, and no file of the run may get its descriptor."""
     command_line = " ".join(command("train.py", SMALL, tmp_path))
     script = f"{command_line} 2>&- | head -1; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
@@ -625,8 +625,8 @@ STOPPED = "{folder}: stopped: {why}; --run_dir {folder} resumes at step "
         ("SIGKILL to a worker", 1, "{folder}: stopped: an environment worker has died with exit code -9"),
     ],
 )
-def test_a_run_that_is_ended_goes_on(trained, tmp_path, call, sent, code, line):
-    """It leaves no process and whole logs, and comes to the results of the run that nobody has ended."""
+def test_an_interrupted_run_resumes(trained, tmp_path, call, sent, code, line):
+    """It leaves no process and intact logs, and resumes to the results of an uninterrupted run."""
     folder = tmp_path / "run"
     process = subprocess.Popen(
         command("train.py", f"{WORKERS} --run_dir {folder}", None),
@@ -655,13 +655,13 @@ def test_a_run_that_is_ended_goes_on(trained, tmp_path, call, sent, code, line):
     assert not alive
     said = process.stderr.read().decode()
     assert said.startswith(line.format(folder=folder)) and said.count("\n") == (1 if line else 0)
-    word = json.loads((folder / "run.json").read_text())
-    assert word["state"] == ("stopped" if line else "running") and 0 < word["step"] < 36 or not line
+    recorded = json.loads((folder / "run.json").read_text())
+    assert recorded["state"] == ("stopped" if line else "running") and 0 < recorded["step"] < 36 or not line
     result = call("train.py", f"--run_dir {folder} --no_env_worker --save_tb")
     assert result.returncode == 0 and "resumes at step " in result.stdout, result.stderr
     assert_same_logs(folder, trained[0])
     assert json.loads((folder / "run.json").read_text())["state"] == "finished"
-    # what it needs no more is gone
+    # the files that it no longer needs are gone
     assert [p.name for p in (folder / "model").iterdir()] == ["36.pt"] and not list((folder / "checkpoint").iterdir())
     args = json.loads((folder / "args.json").read_text())
     assert len(args["continued"]) == 1 and args["save_tb"] and not args["env_worker"]

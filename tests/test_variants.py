@@ -1,4 +1,4 @@
-"""Every flag of the method space changes what it says, and nothing else.
+"""Every flag of the method space has its documented effect, and no other.
 
 `reference` is the CoDy loss with all variants, written once more from docs/algorithm.md in the plainest way, on the
 parameters of the agent under test. `KL`, `PROJECTION`, ... are parameter counts from layer sizes.
@@ -134,7 +134,7 @@ def test_loss_and_gradients_agree_with_the_reference(small_agent, random_batch, 
 
 @pytest.mark.parametrize("flags", [flags for flags in VARIANTS.values() if flags])
 def test_each_variant_is_another_loss(small_agent, random_batch, flags):
-    """So that none is parsed and then ignored."""
+    """No flag is parsed and then ignored."""
     batch = random_batch(B)
     losses = []
     omega = "--omega_cody_loss 0.1" if "omega" in flags else ""
@@ -193,7 +193,7 @@ DEFAULT = {
     ],
 )
 def test_parameter_counts(small_agent, flags, changes):
-    """What is off has no parameters, in the task and in its optimizer."""
+    """A disabled part has no parameters, in the task and in its optimizer."""
     agent = small_agent(flags)
     expected = {**DEFAULT, **changes}
     for name, child in agent.auxiliary.named_children():
@@ -205,7 +205,7 @@ def test_parameter_counts(small_agent, flags, changes):
 
 @pytest.mark.parametrize("prior, seen", [("learned", 1), ("shared", 1), ("unit_gaussian", 0), ("none", 0)])
 def test_a_prior_that_is_off_costs_nothing(small_agent, random_batch, prior, seen):
-    """o_{t-1} is neither augmented nor encoded where nothing looks at it."""
+    """o_{t-1} is neither augmented nor encoded where nothing uses it."""
     agent, batch = small_agent(f"--kl_prior {prior}"), random_batch(B)
     augmented = []
     agent._augment = lambda images, times: augmented.append(images) or images
