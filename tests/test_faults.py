@@ -217,3 +217,27 @@ print("equal")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "equal\n", done.stderr
+
+
+def test_frames_do_not_depend_on_the_threads_that_draw():
+    """A sweep with several jobs sets LP_NUM_THREADS=0."""
+    code = """
+import hashlib, rendering
+rendering.select_gl_backend()
+import dmc2gym
+sums = hashlib.sha256()
+for task in (("cartpole", "swingup"), ("walker", "walk"), ("ball_in_cup", "catch"), ("reacher", "easy")):
+    env = dmc2gym.make(*task, seed=3, from_pixels=True, frame_skip=4)
+    sums.update(env.reset()[0].tobytes())
+    env.action_space.seed(3)
+    for _ in range(5):
+        sums.update(env.step(env.action_space.sample())[0].tobytes())
+print(sums.hexdigest())
+"""
+    seen = set()
+    for threads in ("0", "2"):
+        environment = {**os.environ, "LP_NUM_THREADS": threads}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        seen.add(done.stdout)
+    assert len(seen) == 1
