@@ -68,14 +68,16 @@ def _read_folder(folder):
         for sweep in folder.rglob("sweep.json")
         for run in load_sweep(sweep.parent)["runs"]
     }
-    rows = []
+    rows, unreadable = [], []
     for run in runs:
         try:
             rows += _read_run(run, planned.get(run))
         except (Refused, OSError) as error:
-            print(f"warning: {run} is left out: {error}", file=sys.stderr)
+            unreadable.append(str(error))
     if not rows:
-        raise Refused(f"{folder}: holds no run that can be read")
+        raise Refused(unreadable[0])
+    for reason in unreadable:
+        print(f"warning: left out: {reason}", file=sys.stderr)
     return pd.DataFrame(rows)
 
 

@@ -76,7 +76,8 @@ def test_released_beside_ours(call, monkeypatch):
         return {"ms": 5.0 * len(calls)} if function is throughput.measure else 40.0
 
     monkeypatch.setattr(throughput, "in_own_process", measured)
-    monkeypatch.setattr(released.subprocess, "run", lambda *args, **kwargs: types.SimpleNamespace(stdout="0ce9f0f\n"))
+    git = types.SimpleNamespace(run=lambda *args, **kwargs: types.SimpleNamespace(stdout="0ce9f0f\n"))
+    monkeypatch.setattr(released, "subprocess", git)
     result = call("benchmarks.released", "DY2P --batch_sizes 8")
     assert result.returncode == 0 and calls == ["measure_released", "measure", "measure"]
     assert [line.split()[2:] for line in result.stdout.splitlines()[-2:]] == [

@@ -74,7 +74,7 @@ def test_diverged_physics_ends_the_episode(tmp_path, capsys):
 
 
 def test_diverged_physics_stops_at_ten_episodes_in_a_row():
-    config = parse(STATE.split())
+    config = parse([*STATE.split(), "--save_video"])
     env, said = Exploding(config, 0, every=1), []
     with pytest.raises(Ending, match=f"diverged in {PHYSICS_ERRORS} episodes in a row: Physics state is invalid"):
         evaluate([env], Agent(env.action_space), 20, 0, False, said.append)

@@ -317,7 +317,7 @@ def test_precision_reaches_the_agent(small_agent, random_batch):
 
 def test_worker_steps_beside_its_caller():
     """`start` returns before the step is made, and `finish` returns the same as the environment in this process."""
-    config = parse(["--action_repeat", "10", "--image_size", "32"])
+    config = parse(["--action_repeat", "10", "--image_size", "32", "--save_video"])
     here, there = SerialEnv(config, 5), WorkerEnv(config, 5)
     assert (here.observation_space, here.action_space) == (there.observation_space, there.action_space)
     assert np.array_equal(here.reset(seed=7), there.reset(seed=7))
