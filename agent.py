@@ -27,7 +27,8 @@ def make_agent(config, obs_shape, action_dim, device):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     torch.backends.cudnn.benchmark = not config.deterministic  # input sizes never change
     if config.deterministic and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        if os.environ.get("CUBLAS_WORKSPACE_CONFIG") != ":16:8":  # the other value that makes cuBLAS deterministic
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
 
     objective = {"dynamics_kl": CoDy, "published": PublishedCoDy}[config.cody_objective]

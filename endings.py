@@ -63,10 +63,20 @@ EXPECTED = (Ending, OSError, MemoryError, KeyboardInterrupt)
 @contextlib.contextmanager
 def command():
     """Decorator of a command's `main`: an expected exception ends the process with its line and exit code."""
+    prepare_console()
     try:
         yield
     except EXPECTED as error:
         end(error)
+
+
+def prepare_console():
+    """Make stdout and stderr writable even if they are closed or cannot encode a path's characters."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:  # closed: the next open file must not get this descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            setattr(sys, name, os.fdopen(descriptor, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def end(error):

@@ -215,8 +215,9 @@ class Logger:
 
     def flush(self):
         """Flush all logs and events to disk; returns {event file: length in bytes}."""
-        for path in self._folder.glob("*.log"):
-            sync(path)
+        for path in (self._folder / "train.log", self._folder / "eval.log"):
+            if path.exists():
+                sync(path)
         return self._dashboard.lengths()
 
     def state_dict(self):
@@ -269,15 +270,6 @@ class Logger:
             raise OSError(f"{path}: not written ({error.strerror})") from None
         cells = [f"{label}: {_cell(name, row[name])}" for name, label in columns.items() if name in row]
         self.message(" | ".join([colored(f"| {kind:5}", colour), *cells]))
-
-
-def prepare_console():
-    """Make stdout and stderr writable even if they are closed or cannot encode a path's characters."""
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        if getattr(sys, name) is None:  # closed: the next open file must not get this descriptor
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            setattr(sys, name, os.fdopen(descriptor, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _finite_or_null(value):

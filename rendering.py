@@ -65,6 +65,7 @@ def _draw_on_gpu():
             renderer.cache_clear()
 
 
+@functools.cache
 def egl_devices():
     """CUDA's number, relative to CUDA_VISIBLE_DEVICES, of each EGL device; None for a device without one, as Mesa's."""
     script = (

@@ -266,6 +266,6 @@ def _available(device, config):
     if device.type != "cuda":
         return available_memory()
     free, total = torch.cuda.mem_get_info(device)
-    share = min(free, total / int(os.environ.get("RUNS_PER_GPU", "1")))
+    share = min(free, total / int(os.environ.get("CODY_RUNS_PER_GPU", "1")))
     images = config.batch_size * max(config.target_augmentations, config.critic_augmentations)
     return share - NETWORK_BYTES - BYTES_PER_IMAGE * images

@@ -24,7 +24,7 @@ from agent import make_agent
 from endings import Ending, RunEnded, Stopped, check_signals
 from env_worker import open_env, open_eval_envs
 from episodes import eval_seed, evaluate, summary
-from logger import Logger, prepare_console
+from logger import Logger
 from machine import check_machine, choose_device, keep_freed_memory, limit_threads
 from replay_buffer import ReplayBuffer
 from storage.checkpoint import Checkpoints, save_model
@@ -221,7 +221,6 @@ def prepare():
 @endings.command()
 def main():
     """Train one run; endings.py lists the exit codes."""
-    prepare_console()
     keep_freed_memory()
     limit_threads()
     run = prepare()

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import subprocess
 
 import imageio.v3 as iio
 import imageio_ffmpeg
@@ -14,12 +15,10 @@ def check_ffmpeg(flag):
     """Raise `Refused` if there is no ffmpeg to write the video for which `flag` asks."""
     variable = os.environ.get("IMAGEIO_FFMPEG_EXE")
     try:
-        found = shutil.which(imageio_ffmpeg.get_ffmpeg_exe())
-    except RuntimeError:
-        found = None
-    if not found:
-        why = f"IMAGEIO_FFMPEG_EXE={variable} is no program" if variable else "pip install imageio-ffmpeg"
-        raise Refused(f"--{flag}: needs ffmpeg and finds none; {why}")
+        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-version"], capture_output=True, check=True)
+    except (OSError, RuntimeError, subprocess.CalledProcessError):
+        why = f"IMAGEIO_FFMPEG_EXE={variable} does not work" if variable else "pip install imageio-ffmpeg"
+        raise Refused(f"--{flag}: needs ffmpeg and finds none; {why}") from None
 
 
 def save_video(path, frames, fps):

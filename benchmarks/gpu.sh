@@ -2,8 +2,8 @@
 # Everything to check and to measure on the first CUDA GPU, in about ten minutes on one card:
 #     bash benchmarks/gpu.sh gpu                  # logs and runs go to the folder gpu/
 #     DEVICE=cpu bash benchmarks/gpu.sh try       # the same lines in small, on a machine without a GPU
+out=$(realpath -m "${1:?names the folder for logs}")
 cd "$(dirname "$0")/.." || exit
-out=${1:?names the folder for logs}
 device=${DEVICE:-cuda}
 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out"
@@ -27,10 +27,9 @@ step driver nvidia-smi
 step egl "$python" -c "import rendering as r; print('CUDA number of each EGL device:', r.egl_devices(), 'drawn by', r.renderer('egl'))"
 step tests "$python" -m pytest -q -rs tests/test_speed.py tests/test_cuda.py tests/test_golden.py
 rows=""
-for mode in sequential joint; do
-  for precision in $precisions; do
-    rows="$rows,--update_mode $mode --precision $precision,--update_mode $mode --precision $precision --compile"
-  done
+for precision in $precisions; do
+  rows="$rows,--update_mode sequential --precision $precision,--update_mode joint --precision $precision"
+  rows="$rows,--update_mode joint --precision $precision --compile"
 done
 step throughput "$python" -m benchmarks.throughput --rows="${rows#,}" --batch_sizes "$sizes" --updates $updates --flags="--device $device"
 step agents "$python" -m benchmarks.throughput --rows="--agent cody_sac, --agent sac, --agent sac_ae, --cody_objective published" \
@@ -53,8 +52,13 @@ PY
 for run in a b; do
   step "deterministic_$run" "$python" train.py --device "$device" --deterministic $short --seed 1 --run_dir "$out/$run"
 done
-step killed timeout -s KILL "$([ "$device" = cpu ] && echo 12 || echo 45)" \
-  "$python" train.py --device "$device" --deterministic $short --seed 1 --checkpoint_minutes 0.02 --run_dir "$out/killed"
+"$python" train.py --device "$device" --deterministic $short --seed 1 --checkpoint_minutes 0.02 --run_dir "$out/killed" \
+  > "$out/killed.log" 2>&1 &
+training=$!
+until grep -q '^| train' "$out/killed.log" || ! kill -0 $training; do sleep 0.2; done
+sleep 3
+kill -KILL $training && echo "== killed: $(tail -n 1 "$out/killed.log" | cut -c1-60)"
+wait $training 2> /dev/null
 step resumed "$python" train.py --run_dir "$out/killed"
 step bits "$python" - "$out" <<'PY'
 import pathlib, sys, torch
@@ -64,8 +68,8 @@ for name in ("b", "killed"):
     print(f"a and {name}: {sum(equal)} of {len(equal)} tensors have equal bits")
 PY
 
-# memory on the GPU, of the training process and of the workers that draw
+# memory on the GPU, of the training process (type C) and of the workers that draw (type G)
 "$python" train.py --device "$device" $short --seed 2 --run_dir "$out/memory" > "$out/memory.run.log" 2>&1 &
-sleep 30
-step memory nvidia-smi --query-compute-apps=pid,process_name,used_memory --format=csv
+until grep -q '^| train' "$out/memory.run.log" || ! kill -0 $!; do sleep 0.2; done
+step memory nvidia-smi
 wait

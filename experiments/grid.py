@@ -16,6 +16,7 @@ from config import UNCHANGING, Config, parse
 from endings import Refused, RunEnded
 from machine import check_machine, choose_device
 from storage.run_folder import check_writable, load_sweep, parse_run, write_json
+from video import check_ffmpeg
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 OWN_FOLDERS = ("task", "domain_name", "task_name", "seed")  # flags with a folder level of their own
@@ -80,7 +81,10 @@ def parse_variants(args):
 def read_text(flag, path):
     """The text of the file that `--flag` names; `Refused` if it cannot be read."""
     try:
-        return pathlib.Path(path).read_text("utf-8-sig")  # without a byte-order mark
+        text = pathlib.Path(path).read_text("utf-8-sig")  # without a byte-order mark
+        if "\0" in text:  # UTF-16
+            raise ValueError
+        return text
     except (OSError, ValueError) as error:
         raise Refused(f"--{flag} {path}: {getattr(error, 'strerror', 'not a text file')}") from None
 
@@ -143,6 +147,8 @@ def plan(args, flags, folder):
         if needs not in checked:
             checked.add(needs)
             dmc2gym.check_task(config)
+            if config.save_video and args.slurm is None:
+                check_ffmpeg("save_video")
             uses_cuda = "cuda" in (config.device, config.replay_device)
             if args.slurm is None and (uses_cuda or config.compile or config.wandb):
                 check_machine(config, choose_device(config.device))

@@ -24,15 +24,16 @@ POLL = 1  # seconds between polls of the processes and their folders
 def job_environments(jobs):
     """Yield the environment variables of each of `jobs` processes: an equal share of the cores, GPUs round-robin."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = _installed_gpus() if visible is None else [gpu for gpu in visible.split(",") if gpu]
+    gpus = _installed_gpus() if visible is None else [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
     for job in range(jobs):
         environment = {"OMP_NUM_THREADS": str(max(1, available_cores() // jobs)), **os.environ}
-        environment["RUNS_PER_GPU"] = str(math.ceil(jobs / max(1, len(gpus))))  # for --replay_device auto
+        environment["CODY_RUNS_PER_GPU"] = str(math.ceil(jobs / max(1, len(gpus))))  # for --replay_device auto
         if jobs > 1:
             environment.setdefault("LP_NUM_THREADS", "0")  # Mesa draws in the calling thread: the same pixels
         if len(gpus) > 1:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[job % len(gpus)]
-            environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
+            if visible is None:
+                environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
         yield environment
 
 

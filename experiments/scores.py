@@ -18,7 +18,7 @@ from scipy import stats
 from command_line import parse_flags
 from config import UNCHANGING, Config, complete
 from endings import Refused
-from storage.run_folder import find_runs, load_args, load_rows, load_state, load_sweep
+from storage.run_folder import find_runs, load_args, load_rows, load_state, planned_runs
 
 MADE_BY = "plot.py of CoDy"  # marks the pictures and tables that plot.py may overwrite
 PUBLISHED = pathlib.Path(__file__).resolve().parent.parent / "results" / "published_scores.csv"
@@ -63,11 +63,9 @@ def _read_folder(folder):
     runs = find_runs(folder)
     if not runs:
         raise Refused(f"{folder}: holds no run (no args.json at any depth)")
-    planned = {  # flags of each sweep's runs, for those not yet started
-        sweep.parent / run["folder"]: run["flags"]
-        for sweep in folder.rglob("sweep.json")
-        for run in load_sweep(sweep.parent)["runs"]
-    }
+    planned = {}  # flags of each sweep's runs, for those not yet started
+    for sweep in folder.rglob("sweep.json"):
+        planned |= planned_runs(sweep.parent)
     rows, unreadable = [], []
     for run in runs:
         try:

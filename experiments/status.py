@@ -34,7 +34,9 @@ def run_status(run):
     evaluations = load_rows(run, "eval.log") or [{"step": 0, "episode_reward": None}]
     step, total = max(recorded.get("step", 0), evaluations[-1]["step"]), args["num_train_steps"]
     seconds = None
-    timed = [row for row in load_rows(run, "train.log") if row["step"] > args["init_steps"]][-20:]
+    timed = [row for row in load_rows(run, "train.log") if row["step"] > args["init_steps"] and "wall_seconds" in row][
+        -20:
+    ]
     if state == "running" and len(timed) > 1:
         pace = (timed[-1]["wall_seconds"] - timed[0]["wall_seconds"]) / (timed[-1]["step"] - timed[0]["step"])
         seconds = pace * (total - step)

@@ -35,6 +35,7 @@ from endings import Refused, RunEnded, signals_kept_from_children
 CHECKPOINT = "checkpoint"  # the folder's name
 OUTPUT = "output.log"  # stdout and stderr of a sweep's run
 EXIT_CODE = "exit_code.json"  # exit code of a sweep's run that failed before it wrote args.json
+STATES = ("running", "stopped", "finished", "diverged")  # in run.json
 HEARTBEAT_SECONDS = 10  # minimum interval between updates of run.json
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -59,10 +60,12 @@ def write_whole(path, write):
             cause = cause.__context__
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0][:80]
         raise OSError(f"{path}: not written ({reason})") from None
-    folder = os.open(path.parent, os.O_RDONLY)
     with contextlib.suppress(OSError):  # CIFS and some FUSE file systems refuse to sync a folder
-        os.fsync(folder)  # makes the rename durable too
-    os.close(folder)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # makes the rename durable too
+        finally:
+            os.close(folder)
 
 
 def write_json(path, value):
@@ -80,7 +83,10 @@ def sync(path):
 def load_args(run):
     """args.json of the run in folder `run`, a dict; raises `Refused` if the folder holds no run."""
     try:
-        return {**json.loads((pathlib.Path(run) / "args.json").read_text())}
+        args = json.loads((pathlib.Path(run) / "args.json").read_text())
+        if lacking := {"domain_name", "task_name", "agent", "seed", "num_train_steps"} - set(args):
+            raise ValueError(f"no {min(lacking)} in it")
+        return {**args}
     except (OSError, TypeError, ValueError) as error:
         raise _no_run(run, error) from None
 
@@ -116,8 +122,9 @@ def load_status(run):
     """run.json of the run in folder `run`, a dict; empty if the file is missing or damaged."""
     try:
         status = json.loads((pathlib.Path(run) / "run.json").read_text())
-        return status if {"state", "step", "num_train_steps", "host", "pid"} <= set(status) else {}
-    except (OSError, TypeError, ValueError):
+        whole = all(isinstance(status[name], int) for name in ("step", "num_train_steps", "pid"))
+        return status if whole and status["state"] in STATES and "host" in status else {}
+    except (OSError, TypeError, ValueError, KeyError):
         return {}
 
 
@@ -131,7 +138,8 @@ def load_rows(run, name):
     for line in lines:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    needed = ("step", "env_step", "episode_reward") if name == "eval.log" else ("step",)
+    return [row for row in rows if isinstance(row, dict) and all(isinstance(row.get(n), (int, float)) for n in needed)]
 
 
 def keep_rows(run, name, last_step):
@@ -159,6 +167,15 @@ def load_sweep(folder):
         raise Refused(f"{path}: cannot be read ({reason[:80]})") from None
 
 
+def planned_runs(folder):
+    """{run folder: flags} in a folder's sweep.json; if that cannot be read, a warning and no runs."""
+    try:
+        return {pathlib.Path(folder, run["folder"]): run["flags"] for run in load_sweep(folder)["runs"]}
+    except Refused as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return {}
+
+
 def find_runs(folder):
     """Run folders in `folder` at any depth: those in a sweep.json, started or not, others, and unreadable folders."""
     planned, others, unreadable = [], [], []
@@ -170,7 +187,7 @@ def find_runs(folder):
     for place, folders, files in os.walk(folder, onerror=keep):
         folders[:] = [] if "args.json" in files else sorted(folders)
         if "sweep.json" in files:
-            planned += [pathlib.Path(place, run["folder"]) for run in load_sweep(place)["runs"]]
+            planned += planned_runs(place)
         if "args.json" in files:
             others.append(pathlib.Path(place))
     return list(dict.fromkeys([*planned, *others, *unreadable]))

@@ -180,7 +180,7 @@ def test_the_replay_shares_a_gpu(monkeypatch, free, runs, place):
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
     monkeypatch.setattr("replay_buffer.RawFrames", refuse)
-    monkeypatch.setenv("RUNS_PER_GPU", str(runs))
+    monkeypatch.setenv("CODY_RUNS_PER_GPU", str(runs))
     with pytest.raises(Refused):
         ReplayBuffer(parse([]), Box(0, 255, (9, 84, 84), np.uint8), 1, torch.device("cuda"))
     assert chosen == [place]

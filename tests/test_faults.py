@@ -173,7 +173,7 @@ def test_no_ffmpeg(tmp_path, call, monkeypatch):
     """Found before the run begins, and before the episodes of an evaluation."""
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nonexistent/ffmpeg")
     result = call("train.py", f"{STATE} --save_video --work_dir {tmp_path}/runs")
-    line = "--save_video: needs ffmpeg and finds none; IMAGEIO_FFMPEG_EXE=/nonexistent/ffmpeg is no program"
+    line = "--save_video: needs ffmpeg and finds none; IMAGEIO_FFMPEG_EXE=/nonexistent/ffmpeg does not work"
     assert (result.returncode, result.stderr) == (2, f"train.py: error: {line}\n") and not list(tmp_path.iterdir())
     result = call("evaluate.py", f"--run {tmp_path} --video {tmp_path}/e.mp4")
     assert result.returncode == 2 and "--video: needs ffmpeg" in result.stderr
@@ -241,3 +241,66 @@ print(sums.hexdigest())
         assert done.returncode == 0, done.stderr
         seen.add(done.stdout)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["train.log", "eval.log"])
+@pytest.mark.parametrize(
+    "line", ["{}", '{"a": 1}', '{"step": "x"}', '{"step": null, "episode_reward": null}', "", "[1]"]
+)
+def test_json_that_is_no_row(tmp_path, call, name, line):
+    make_run(tmp_path / "v/cartpole-swingup/s1", "", noisy(1))
+    make_run(tmp_path / "v/cartpole-swingup/s2", "--seed 2", noisy(2))
+    with open(tmp_path / "v/cartpole-swingup/s1" / name, "a") as log:
+        log.write(line + "\n")
+    for command_line in (("sweep.py", f"--status {tmp_path}"), ("plot.py", str(tmp_path))):
+        result = call(*command_line)
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "damaged, content",
+    [
+        ("foreign/args.json", b'{"lr": 1}'),
+        ("other/sweep.json", b'\x80{"runs"'),
+        (
+            "v/cartpole-swingup/s1/run.json",
+            b'{"state": "??", "step": "q", "num_train_steps": 1, "host": "h", "pid": 1}',
+        ),
+    ],
+)
+def test_a_damaged_file_in_a_shared_folder(tmp_path, call, damaged, content):
+    """It does not hide the runs beside it."""
+    make_run(tmp_path / "v/cartpole-swingup/s1", "", noisy(1))
+    (tmp_path / damaged).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / damaged).write_bytes(content)
+    status = call("sweep.py", f"--status {tmp_path}")
+    assert status.returncode == 0 and "v/cartpole-swingup/s1" in status.stdout
+    if "run.json" not in damaged:
+        assert damaged in (status.stdout + status.stderr).replace("foreign: not the folder of a run (", "foreign/")
+    assert call("plot.py", str(tmp_path)).returncode == 0
+
+
+def test_logs_of_the_caller_are_left_alone(tmp_path, call):
+    """A pipe would block a run that opened it, a broken link or a folder end it."""
+    (tmp_path / "latest.log").symlink_to("/nonexistent/x")
+    (tmp_path / "null.log").symlink_to("/dev/null")
+    (tmp_path / "old.log").mkdir()
+    os.mkfifo(tmp_path / "pipe.log")
+    assert call("train.py", f"{STATE} --run_dir {tmp_path}").returncode == 0
+
+
+def test_ffmpeg_that_does_not_work(tmp_path, call, monkeypatch):
+    """In a sweep too, before anything is created."""
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/bin/false")
+    for script, flags in (("train.py", f"{STATE} --save_video"), ("sweep.py", f"--name a -- {STATE} --save_video")):
+        place = f"--work_dir {tmp_path}/runs"
+        flags = flags.replace("--name a", f"--name a {place}") if script == "sweep.py" else f"{flags} {place}"
+        result = call(script, flags)
+        assert result.returncode == 2 and "--save_video: needs ffmpeg" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_closed_stdout(tmp_path):
+    make_run(tmp_path / "v/cartpole-swingup/s1", "", noisy(1))
+    words = [sys.executable, str(ROOT / "sweep.py"), "--status", str(tmp_path)]
+    done = subprocess.run(words, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr) == (0, "")

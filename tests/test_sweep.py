@@ -47,7 +47,7 @@ seed, begun = config.seed, time.time()
 folder.begin(0, {})
 with open(folder.path / "times", "a") as file:
     print(begun, os.environ["OMP_NUM_THREADS"], os.environ.get("CUDA_VISIBLE_DEVICES"),
-          os.environ["RUNS_PER_GPU"], file=file)
+          os.environ["CODY_RUNS_PER_GPU"], file=file)
 print(f"seed {seed} begins", flush=True)
 with open(folder.path / "eval.log", "w") as log:
     print(json.dumps({"step": 0, "env_step": 0, "episode_reward": 100.0 + seed}), file=log)

@@ -24,11 +24,12 @@ import torch
 from conftest import make_replay, run_loop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import endings
 import evaluate
 import train
 from config import Config, parse
 from episodes import eval_seed
-from logger import Logger, prepare_console
+from logger import Logger
 from replay_buffer import ReplayBuffer
 from sac import SAC
 from storage import checkpoint, journal
@@ -584,7 +585,7 @@ def test_a_console_that_goes_away(tmp_path, monkeypatch, console):
 def test_a_console_that_shows_ascii_only(tmp_path, monkeypatch):
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
-    prepare_console()
+    endings.prepare_console()
     Logger(tmp_path, parse([])).message("runs/ü")
     assert shown.getvalue() == b"runs/\\xfc\n"
 
