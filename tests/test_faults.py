@@ -1,4 +1,4 @@
-"""Faults of other people's machines: file systems, notebooks, hooks, shared folders. Each failed before its fix."""
+"""Faults of other people's machines: file systems, notebooks, hooks, shared folders."""
 
 import errno
 import json
