@@ -88,6 +88,7 @@ class SAC(nn.Module):
         further = self.auxiliary.augmented if self.auxiliary else {}
         self._augmented = {**further, "obs": "obs", "next_obs": "next_obs"}
         self._encoder_parameters = list(self.encoder.parameters())  # none with the identity encoder
+        self._update = {"sequential": self._sequential, "joint": self._joint}[config.update_mode]
         self._make_optimizers(joint=config.update_mode == "joint")
         if config.compile:
             self._compile()
@@ -128,8 +129,7 @@ class SAC(nn.Module):
         self._begin()
         B = len(batch.reward)
         first = batch._replace(obs=batch.obs[:B], next_obs=batch.next_obs[:B])
-        update = self._joint if self.config.update_mode == "joint" else self._sequential
-        metrics = update(batch, first, index, detailed)
+        metrics = self._update(batch, first, index, detailed)
         metrics["batch_reward"] = batch.reward.mean()
         return {name: value.detach() for name, value in metrics.items()}
 

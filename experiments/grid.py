@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent.parent
 OWN_FOLDERS = ("task", "domain_name", "task_name", "seed")  # flags with a folder level of their own
 CHECKED = (  # flags that decide whether the suite has the task and this machine can run it
     "domain_name task_name encoder_type camera_id pre_transform_image_size save_video "
-    "device replay_device compile wandb"
+    "device replay_device compile wandb precision"
 ).split()
 
 
@@ -149,7 +149,7 @@ def plan(args, flags, folder):
             dmc2gym.check_task(config)
             if config.save_video and args.slurm is None:
                 check_ffmpeg("save_video")
-            uses_cuda = "cuda" in (config.device, config.replay_device)
+            uses_cuda = "cuda" in (config.device, config.replay_device) or config.precision == "tf32"
             if args.slurm is None and (uses_cuda or config.compile or config.wandb):
                 check_machine(config, choose_device(config.device))
     for name, flags in load_runs(folder).items():

@@ -191,6 +191,9 @@ def test_tf32_needs_cuda(tmp_path, call, monkeypatch):
     result = call("train.py", f"--precision tf32 --work_dir {tmp_path}/runs")
     line = "train.py: error: --precision tf32: the networks run on cpu, which has no TF32; use fp32 or bf16\n"
     assert (result.returncode, result.stderr) == (2, line) and not list(tmp_path.iterdir())
+    sweep = f"--name a --work_dir {tmp_path} --variant fp32:--seed=1 --variant tf32:--precision=tf32 --"
+    result = call("sweep.py", sweep)
+    assert result.returncode == 2 and "--precision tf32: the networks" in result.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
