@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from test_plot import make_run, noisy
@@ -121,8 +122,10 @@ def nobody(tmp_path, call):
     if os.geteuid() != 0:
         yield call
         return
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    root = pathlib.Path(tempfile.gettempdir())
+    for folder in (tmp_path, *tmp_path.parents):
+        if root in folder.parents:
+            folder.chmod(0o755)
 
     def as_nobody(script, flags):
         os.seteuid(65534)

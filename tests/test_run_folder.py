@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from test_resume import STATES, curves, rows
@@ -292,6 +293,7 @@ def test_a_folder_that_was_moved(tmp_path, monkeypatch, call):
         patch.setattr(ReplayBuffer, "check_memory", lambda self: next(room))
         with pytest.raises(StopIteration):
             call("train.py", f"{flags} --run_dir {tmp_path}/a")
+    time.sleep(1)  # event files sort by their second, then by a counter of the process as text: 10 before 9
     shutil.move(tmp_path / "a", tmp_path / "elsewhere" / "b")
     result = call("train.py", f"--run_dir {tmp_path}/elsewhere/b")
     assert result.returncode == 0 and "resumes at step 11" in result.stdout
