@@ -47,6 +47,16 @@ class TaskFlags:
     acting. None: image_size, with random shifts."""
     camera_id: int | None = None
     """Camera for frames and videos. None: the task's usual one, 2 for quadruped, else 0."""
+    background: str = "none"
+    """none: the task's own floor and sky. moving: discs over a drifting texture in their place. Otherwise a folder of
+    videos or pictures, docs/backgrounds.md."""
+    eval_background: str | None = None
+    """Background of evaluations: train or test, a split of --background, or none, moving or another folder. None:
+    test."""
+    background_frames: int = 1_000
+    """Frames to decode from a folder, for training and for evaluation each."""
+    background_gray: bool = False
+    """Show a folder's frames in shades of gray."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +293,7 @@ UNCHANGING = (
 AT_LEAST_1 = (
     "action_repeat frame_stack image_size num_train_steps batch_size hidden_dim eval_freq num_eval_episodes "
     "critic_target_update_freq actor_update_freq encoder_feature_dim num_layers num_filters log_interval "
-    "updates_per_step predictor_layers decoder_update_freq target_augmentations critic_augmentations"
+    "updates_per_step predictor_layers decoder_update_freq target_augmentations critic_augmentations background_frames"
 ).split()
 POSITIVE = (
     "checkpoint_minutes critic_lr actor_lr alpha_lr encoder_lr cody_lr decoder_lr init_temperature cody_max_grad_norm "
@@ -301,6 +311,7 @@ VARIANTS = (
 ).split()
 NOT_SAC_AE = "num_strided_layers target_augmentations critic_augmentations".split()
 PIXELS = "image_size precision update_mode target_augmentations critic_augmentations detach_encoder".split()
+PIXELS += ["background", "eval_background"]
 PIXELS += [field.name for field in dataclasses.fields(EncoderFlags) if field.name != "encoder_type"]
 CODY = [field.name for field in dataclasses.fields(CoDyFlags)]
 DECODER = [field.name for field in dataclasses.fields(DecoderFlags)]
@@ -356,10 +367,12 @@ def _combinations(c: Config):
     """The same for flags that another flag makes meaningless: refused rather than ignored."""
     steps_encoder = c.agent != "sac" or c.update_mode == "joint"
     pixels = c.encoder_type != "identity"
+    folders = {c.background, c.eval_background} - {"none", "moving", "train", "test", None}
     yield pixels or c.agent != "cody_sac", "encoder_type", "--agent cody_sac has no encoder to train; needs --agent sac"
     needs = [
         (CODY, "--agent cody_sac", c.agent == "cody_sac"),
         (PIXELS, "--encoder_type pixel or protorl", pixels),
+        (["background_frames", "background_gray"], "a folder as --background or --eval_background", folders),
         (["camera_id"], "--encoder_type pixel or protorl, or --save_video", pixels or c.save_video),
         (["cody_grad_ratio"], "--update_mode joint", c.update_mode == "joint"),
         (["encoder_lr"], "--agent cody_sac, --agent sac_ae or --update_mode joint", steps_encoder),
@@ -376,6 +389,8 @@ def _combinations(c: Config):
     for flags, need, met in needs:
         for flag in flags:
             yield met or getattr(c, flag) == defaults[flag], flag, f"has no effect without {need}"
+    right = "is a split of --background, which is none"
+    yield c.background != "none" or c.eval_background not in ("train", "test"), "eval_background", right
     same_size = c.pre_transform_image_size == c.image_size
     right = "has no effect without --encoder_type pixel or protorl"
     yield pixels or same_size, "pre_transform_image_size", right

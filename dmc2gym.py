@@ -12,6 +12,7 @@ import os
 import gymnasium
 import numpy as np
 
+from background import Background
 from endings import Refused
 from rendering import DRAWING_OFF, select_gl_backend
 
@@ -77,8 +78,8 @@ class DMCEnv(gymnasium.Env):
 
     One `step` takes `frame_skip` control steps and sums their rewards; an episode has `episode_length` control steps.
     `time_limit` is in seconds of simulated time; None is the task's own. Camera -1 is MuJoCo's free camera, None the
-    task's usual one. Raises `Refused` if the task or camera is unknown, the image is too large to render, or no
-    rendering backend works.
+    task's usual one. A `background`, a source of background.py, is shown in place of floor and sky. Raises `Refused` if
+    the task or camera is unknown, the image is too large to render, or no rendering backend works.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class DMCEnv(gymnasium.Env):
         environment_kwargs=None,
         time_limit=None,
         channels_first=True,
+        background=None,
     ):
         if from_pixels and visualize_reward:
             raise Refused("visualize_reward shows the reward in the pixels: not with from_pixels")
@@ -109,6 +111,8 @@ class DMCEnv(gymnasium.Env):
         self._height, self._width = height, width
         self._camera_id = _camera(self.physics, domain_name, task_name, camera_id)
         self._frame_skip, self._channels_first = frame_skip, channels_first
+        self._background = background and Background(background, seed)
+        self._actions = []
         self._max_steps = math.ceil(episode_length / frame_skip)
         self._over = True  # `reset` must come next
 
@@ -138,6 +142,8 @@ class DMCEnv(gymnasium.Env):
         super().reset(seed=seed)
         if seed is not None:
             self._env.task.random.seed(seed)
+            if self._background:
+                self._background.seed(seed)
         self._observation = self._observe(self._begin())
         return self._observation, {"discount": 1.0}
 
@@ -160,8 +166,10 @@ class DMCEnv(gymnasium.Env):
         self._over = terminated or truncated
         return self._observation, reward, terminated, truncated, {"discount": time_step.discount}
 
-    def _begin(self):
-        """Start an episode and keep the random state from which it can be replayed; returns the first time step."""
+    def _begin(self, background_state=None):
+        """Start an episode and keep the random states from which it can be replayed; returns the first time step."""
+        if self._background:
+            self._background.begin(background_state)
         self._random = self._env.task.random.get_state()
         self._actions = []
         self._over = False
@@ -181,9 +189,10 @@ class DMCEnv(gymnasium.Env):
         return time_step, reward
 
     def state_dict(self):
-        """State of the episode: the task's random state before it, and its actions so far."""
+        """State of the episode: the random states before it, and its actions so far."""
         kind, keys, *rest = self._random
-        return {"random": [kind, keys.tolist(), *rest], "actions": self._actions.copy(), "over": self._over}
+        state = {"random": [kind, keys.tolist(), *rest], "actions": self._actions.copy(), "over": self._over}
+        return state | {"background": self._background.state} if self._background else state
 
     def load_state_dict(self, state, observation):
         """Restore the result of `state_dict` by replaying the episode's actions, without rendering.
@@ -192,7 +201,7 @@ class DMCEnv(gymnasium.Env):
         the last one: a renderer need not draw the same image twice.
         """
         self._env.task.random.set_state(state["random"])
-        self._begin()
+        self._begin(state.get("background"))
         with contextlib.suppress(self._physics_error):  # raised by the last action
             for action in state["actions"]:
                 self._advance(action)
@@ -201,7 +210,10 @@ class DMCEnv(gymnasium.Env):
 
     def render(self, height=None, width=None):
         """RGB image (height, width, 3), uint8, of the current state."""
-        return self.physics.render(height or self._height, width or self._width, self._camera_id)
+        size = (height or self._height, width or self._width)
+        if self._background:
+            return self._background.draw(self.physics, *size, self._camera_id, len(self._actions))
+        return self.physics.render(*size, self._camera_id)
 
     def _observe(self, time_step):
         if not self._from_pixels:

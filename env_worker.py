@@ -18,6 +18,7 @@ from gymnasium.wrappers import FrameStackObservation, TransformObservation
 
 import dmc2gym
 import rendering
+from background import open_source
 from endings import Ending, signals_kept_from_children
 from machine import available_cores, choose_device
 
@@ -47,10 +48,11 @@ class SerialEnv(Restorable):
     """The config's task in this process.
 
     Observations (3 * frame_stack, size, size) uint8 repeat the first frame at reset. With the identity encoder they are
-    the stacked states, (n,) float32. `obs` is the last one.
+    the stacked states, (n,) float32. `obs` is the last one. `background` is a source of background.py, or None.
     """
 
-    def __init__(self, config, seed):
+    def __init__(self, config, seed, background=None):
+        self.background = background
         env = dmc2gym.make(
             config.domain_name,
             config.task_name,
@@ -60,6 +62,7 @@ class SerialEnv(Restorable):
             width=config.pre_transform_image_size,
             camera_id=config.camera_id,
             frame_skip=config.action_repeat,
+            background=background,
         )
         # an offscreen buffer of the drawn size is faster than MuJoCo's 640x480, with the same pixels
         buffer = env.physics.model.vis.global_
@@ -128,12 +131,14 @@ class WorkerEnv(Restorable):
     raised it, or the worker died.
     """
 
-    def __init__(self, config, seed):
+    def __init__(self, config, seed, background=None):
+        self.background = background
         self._pipe, theirs = multiprocessing.Pipe()
         with theirs, signals_kept_from_children():
             command = [sys.executable, __file__, str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
-        self._send(config, seed)
+            inherited = [theirs.fileno(), *(background.descriptors if background else ())]
+            self._process = subprocess.Popen(command, pass_fds=inherited, start_new_session=True)
+        self._send(config, seed, background)
 
     @functools.cached_property
     def observation_space(self):
@@ -195,10 +200,10 @@ class WorkerEnv(Restorable):
 def work(pipe):
     """Worker loop: make the environment from the first message, then answer messages until the caller is gone."""
     with contextlib.suppress(EOFError, OSError):
-        config, seed = pipe.recv()
+        arguments = pipe.recv()
         importlib.import_module("dm_control.suite")  # with the backend chosen by the caller
         try:
-            env = SerialEnv(config, seed)
+            env = SerialEnv(*arguments)
             while True:
                 name, *arguments = pipe.recv()  # of a method or an attribute
                 answer = getattr(env, name)
@@ -212,15 +217,17 @@ def work(pipe):
 def open_env(config, seed):
     """The training environment."""
     _choose_renderer(config)
-    return (WorkerEnv if config.env_worker else SerialEnv)(config, seed)
+    return (WorkerEnv if config.env_worker else SerialEnv)(config, seed, open_source(config, "train"))
 
 
 def open_eval_envs(config, episodes):
     """Environments for `evaluate`: one without workers, else at most one per episode, core and `EVAL_WORKERS`."""
     _choose_renderer(config)
+    background = open_source(config, "test")
     if not config.env_worker:
-        return [SerialEnv(config, config.seed)]
-    return [WorkerEnv(config, config.seed) for _ in range(min(episodes, available_cores(), EVAL_WORKERS))]
+        return [SerialEnv(config, config.seed, background)]
+    workers = min(episodes, available_cores(), EVAL_WORKERS)
+    return [WorkerEnv(config, config.seed, background) for _ in range(workers)]
 
 
 def _choose_renderer(config):

@@ -14,6 +14,7 @@ from typing import Literal
 
 from agent import make_agent
 from command_line import parse_flags
+from config import check
 from endings import Ending, Refused, RunEnded, command
 from env_worker import open_eval_envs
 from episodes import eval_seed, evaluate, summary
@@ -37,6 +38,8 @@ class Args:
     """Device of the networks; auto is cuda if available."""
     video: str | None = None
     """Path for an mp4 of the first episode; must not exist yet."""
+    eval_background: str | None = None
+    """Background, as in train.py: train, test, none, moving or a folder. None: the run's."""
 
 
 def check_video_path(video):
@@ -62,6 +65,9 @@ def main():
         check_ffmpeg("video")
     # compiling takes longer than the episodes
     config = dataclasses.replace(load_config(args.run), compile=False, save_video=bool(args.video))
+    if args.eval_background:
+        config = dataclasses.replace(config, eval_background=args.eval_background)
+        check(config)
     device = choose_device(args.device)
     envs = open_eval_envs(config, args.num_eval_episodes)
     agent = make_agent(config, envs[0].observation_space.shape, envs[0].action_space.shape[0], device)

@@ -199,7 +199,7 @@ def prepare():
     logger, progress = Logger(folder.path, config), Progress()
     parts = {"progress": progress, "agent": agent, **agent.optimizers, "replay": replay, "env": env, "logger": logger}
     parts["randomness"] = GlobalRandomness()
-    made_with = provenance(device)
+    made_with = provenance(device, env.background, eval_envs[0].background)
     try:
         if not resumes:
             folder.begin(0, made_with)

@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 
+import background
 import dashboard
 import dmc2gym
 from command_line import shorten
@@ -21,7 +22,7 @@ from video import check_ffmpeg
 HERE = pathlib.Path(__file__).resolve().parent.parent
 OWN_FOLDERS = ("task", "domain_name", "task_name", "seed")  # flags with a folder level of their own
 CHECKED = (  # flags that decide whether the suite has the task and this machine can run it
-    "domain_name task_name encoder_type camera_id pre_transform_image_size save_video "
+    "domain_name task_name encoder_type camera_id pre_transform_image_size save_video background eval_background "
     "device replay_device compile wandb precision"
 ).split()
 
@@ -99,7 +100,7 @@ def combinations(variants, grid):
             if clash := [name for name in own if len(grid.get(name, [])) > 1]:
                 raise Refused(f"--{clash[0]}: has several values after the -- and one in --variant {variant}")
             flags = {**point, **{name: value for name, (value,) in own.items()}}
-            yield variant, [f"{name}={point[name]}" for name in several], flags
+            yield variant, [f"{name}={point[name]}".replace("/", "_") for name in several], flags
 
 
 def as_flags(point):
@@ -147,6 +148,7 @@ def plan(args, flags, folder):
         if needs not in checked:
             checked.add(needs)
             dmc2gym.check_task(config)
+            background.check_folders(config)
             if config.save_video and args.slurm is None:
                 check_ffmpeg("save_video")
             uses_cuda = "cuda" in (config.device, config.replay_device) or config.precision == "tf32"

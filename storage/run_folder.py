@@ -416,8 +416,11 @@ def git_commit():
     return commit + "+" * bool(answers[1].stdout) if pathlib.Path(top) == here else None
 
 
-def provenance(device):
-    """Versions and hardware of this process for args.json; bit-identical results need all of them to match."""
+def provenance(device, background=None, eval_background=None):
+    """Versions, hardware and background frames of this process for args.json.
+
+    Bit-identical results need all of them to match.
+    """
     import torch
 
     packages = ("torch", "mujoco", "dm_control", "gymnasium", "numpy")
@@ -431,5 +434,7 @@ def provenance(device):
         "threads": torch.get_num_threads(),
         "mujoco_gl": backend,
         "renderer": rendering.renderer(backend),
+        "background_sha256": background and background.sha256,
+        "eval_background_sha256": eval_background and eval_background.sha256,
         "git_commit": git_commit(),
     }

@@ -121,6 +121,7 @@ VARIANTS = {
     + " --cody_grad_ratio 1 --target_augmentations 2 --critic_augmentations 2",
     "published": FLAGS + " --cody_objective published --replay_buffer_capacity 15",
     "sac_ae": FLAGS + " --agent sac_ae --domain_name point_mass --task_name hard",
+    "moving": FLAGS + " --agent sac --background moving",
     "states": STATES + " --domain_name finger --task_name turn_hard --action_repeat 100",
 }
 
@@ -171,7 +172,7 @@ def test_twenty_kills(tmp_path, seed):
     """SIGKILL to real processes with workers, at random moments."""
     dice = random.Random(seed)
     flags = FLAGS.replace("--no_env_worker", "--save_tb --save_video").replace("1e-9", "0.02").replace("26", "400")
-    flags += ["", " --update_mode joint --replay_storage lz4"][seed]
+    flags += [" --background moving", " --update_mode joint --replay_storage lz4"][seed]
 
     def start(name):
         command = [sys.executable, train.__file__, *flags.split(), "--run_dir", str(tmp_path / name)]
