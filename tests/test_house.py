@@ -17,7 +17,7 @@ COMMANDS = {"train", "evaluate", "sweep", "plot"}
 NETWORKS = {"sac", "cody", "decoder", "encoder", "augment", "utils", "agent", "auxiliary"}
 STORAGE = {name for name in FILES if name.startswith("storage.")}
 EXPERIMENTS = {name for name in FILES if name.startswith("experiments.")}
-ENVIRONMENTS = {"dmc2gym", "env_worker", "rendering"}
+ENVIRONMENTS = {"background", "dmc2gym", "env_worker", "rendering"}
 
 
 def imports(path, inside=True):
