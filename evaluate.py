@@ -1,7 +1,8 @@
-"""Evaluate the deterministic policy of a run that has saved its networks.
+"""Evaluate the deterministic policy of a run that has saved its networks, or export it.
 
 python evaluate.py --run runs/cartpole-swingup/cody_sac-20260101-120000-s1
 python evaluate.py --run ... --step 10000 --num_eval_episodes 50 --video episode.mp4
+python evaluate.py --run ... --export policy     # the policy alone; evaluate.py --run policy plays it
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import sys
 from typing import Literal
 
@@ -19,14 +21,14 @@ from endings import Ending, Refused, RunEnded, command
 from env_worker import open_eval_envs
 from episodes import eval_seed, evaluate, summary
 from machine import choose_device, limit_threads
-from storage.checkpoint import load_model
-from storage.run_folder import load_config
+from storage.checkpoint import load_policy, save_model
+from storage.run_folder import check_writable, load_config, load_rows
 from video import check_ffmpeg, save_video
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Evaluate a finished run, or one trained with --save_model."""
+    """Evaluate a finished run, or one trained with --save_model, or export its policy."""
 
     run: str
     """The run's folder."""
@@ -40,6 +42,8 @@ class Args:
     """Path for an mp4 of the first episode; must not exist yet."""
     eval_background: str | None = None
     """Background, as in train.py: train, test, none, moving or a folder. None: the run's."""
+    export: str | None = None
+    """New folder to which to copy the run's flags, its policy and that step's evaluation; no episodes then."""
 
 
 def check_video_path(video):
@@ -53,13 +57,39 @@ def check_video_path(video):
         raise Refused(f"--video {video}: {path.absolute().parent} is not a folder that can be written to")
 
 
+def rows_at(run, step):
+    """The rows of the run's eval.log at this step: one, or none."""
+    return [row for row in load_rows(run, "eval.log") if row["step"] == step]
+
+
+def check_export(folder):
+    """Raise `Refused` unless `folder` is new."""
+    if os.path.lexists(folder):
+        raise Refused(f"--export {folder}: exists and is not overwritten")
+    check_writable("export", folder)
+
+
+def export(run, step, policy, folder):
+    """Write the run's args.json and run.json, its evaluation at `step` and model/<step>.pt with the policy alone."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True)
+    for name in ("args.json", "run.json"):
+        shutil.copy(pathlib.Path(run) / name, folder)
+    (folder / "eval.log").write_text("".join(json.dumps(row) + "\n" for row in rows_at(run, step)))
+    save_model(policy, folder / "model", step)
+    size = (folder / "model" / f"{step}.pt").stat().st_size / 1e6
+    print(f"{folder}: the policy of step {step}, {size:.1f} MB")
+
+
 @command()
 def main():
-    """Evaluate and print one JSON line with the mean, the standard deviation and all returns."""
+    """Evaluate and print one JSON line with the mean, the standard deviation and all returns; or export."""
     limit_threads()
     args = parse_flags(Args)
     if args.num_eval_episodes < 1:
         raise Refused(f"--num_eval_episodes {args.num_eval_episodes}: must be at least 1")
+    if args.export is not None:
+        check_export(args.export)
     if args.video:
         check_video_path(args.video)
         check_ffmpeg("video")
@@ -71,15 +101,20 @@ def main():
     device = choose_device(args.device)
     envs = open_eval_envs(config, args.num_eval_episodes)
     agent = make_agent(config, envs[0].observation_space.shape, envs[0].action_space.shape[0], device)
-    step = load_model(agent, pathlib.Path(args.run) / "model", args.step)
+    step, policy = load_policy(agent, pathlib.Path(args.run) / "model", args.step)
+    if args.export is not None:
+        export(args.run, step, policy, args.export)
+        return
 
     message = functools.partial(print, file=sys.stderr)
     try:
         returns, frames = evaluate(envs, agent, args.num_eval_episodes, eval_seed(config), config.save_video, message)
     except (FloatingPointError, Ending) as error:
         raise RunEnded(f"{args.run}: stopped: {error}", 1) from None
-    row = {"step": step, "env_step": step * config.action_repeat, **summary(returns), "returns": returns}
-    print(json.dumps(row), flush=True)  # before the video, which a full disk may refuse
+    row = {"step": step, "env_step": step * config.action_repeat, **summary(returns)}
+    for logged in rows_at(args.run, step):
+        row |= {f"logged_{name}": logged[name] for name in summary(returns)}
+    print(json.dumps(row | {"returns": returns}), flush=True)  # before the video, which a full disk may refuse
     if frames:
         save_video(args.video, frames, envs[0].metadata["render_fps"])
 

@@ -64,6 +64,8 @@ class SAC(nn.Module):
     `crop` is the deterministic crop of such a batch for acting.
     """
 
+    POLICY = ("encoder.convs.", "actor.")  # prefixes of the parameters that `act` uses
+
     def __init__(self, config, obs_shape, action_dim, make_auxiliary, augment, crop, device):
         super().__init__()
         self.config, self.device = config, device

@@ -137,14 +137,14 @@ class Run:
             fps = self.eval_envs[0].metadata["render_fps"]
             save_video(self.folder.path / "video" / f"{step}.mp4", frames, fps)
         if config.save_model:
-            save_model(self.agent, self.folder.path / "model", step)
+            save_model(self.agent.state_dict(), self.folder.path / "model", step)
         self.progress.evaluated = step
         self.checkpoints.save_if_due(evaluated=True)
 
     def finish(self):
         """Save the networks of the finished run; delete its checkpoint unless --keep_checkpoint."""
         self.logger.flush()
-        save_model(self.agent, self.folder.path / "model", self.progress.step)
+        save_model(self.agent.state_dict(), self.folder.path / "model", self.progress.step)
         if self.config.keep_checkpoint:
             self.checkpoints.save()
         self.folder.report(state="finished", step=self.progress.step)

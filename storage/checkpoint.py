@@ -26,19 +26,22 @@ from storage.run_folder import CHECKPOINT, write_json, write_whole
 CHECKPOINT_INTERVAL_RATIO = 50  # after an evaluation: minimum ratio of time since the last checkpoint to its duration
 
 
-def save_model(agent, folder, step):
-    """Write all networks of `agent` to <folder>/<step>.pt atomically; raises `OSError` if the disk is full."""
+def save_model(state, folder, step):
+    """Write a state_dict to <folder>/<step>.pt atomically; raises `OSError` if the disk is full."""
     folder = pathlib.Path(folder)
     folder.mkdir(exist_ok=True)
-    _save(agent.state_dict(), folder / f"{step}.pt")
+    _save(state, folder / f"{step}.pt")
 
 
 def _save(state, path):
     write_whole(path, lambda file: torch.save(state, file))
 
 
-def load_model(agent, folder, step=None):
-    """Load the model saved at `step` (None: the latest) into `agent`; returns its step, or raises `Refused`."""
+def load_policy(agent, folder, step=None):
+    """Load the policy of the model saved at `step` (None: the latest) into `agent`.
+
+    Returns the step and the policy's parameters; raises `Refused` if there is none.
+    """
     saved = sorted(int(path.stem) for path in pathlib.Path(folder).glob("*.pt") if path.stem.isdigit())
     if not saved:
         raise Refused(
@@ -49,11 +52,13 @@ def load_model(agent, folder, step=None):
         raise Refused(f"--step {step}: not in {folder}, which has {', '.join(map(str, saved))}")
     path = pathlib.Path(folder) / f"{step}.pt"
     try:  # weights_only: a file from elsewhere cannot execute code
-        agent.load_state_dict(torch.load(path, map_location=agent.device, weights_only=True))
+        saved = torch.load(path, map_location=agent.device, weights_only=True)
+        policy = {name: saved[name] for name in agent.state_dict() if name.startswith(agent.POLICY)}
+        agent.load_state_dict(policy, strict=False)
     except Exception as error:  # a foreign file can raise anything here
         reason = (str(error).splitlines() or [""])[0][:80]
         raise Refused(f"{path}: no model of this run ({type(error).__name__}: {reason})") from None
-    return step
+    return step, policy
 
 
 class Checkpoints:

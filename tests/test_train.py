@@ -193,6 +193,23 @@ def test_evaluate_gives_the_logged_returns_again(trained, tmp_path, call):
     assert json.loads(result.stdout)["returns"] == rows(folder, "eval.log")[1]["returns"]
 
 
+def test_an_exported_policy_plays_like_its_run(trained, tmp_path, call):
+    folder, _ = trained
+    result = call("evaluate.py", f"--run {folder} --step 15 --export {tmp_path}/a/policy")
+    assert result.returncode == 0 and result.stdout.startswith(f"{tmp_path}/a/policy: the policy of step 15, ")
+    policy, whole = (torch.load(path / "model/15.pt", weights_only=True) for path in (tmp_path / "a/policy", folder))
+    assert {name.split(".")[0] for name in policy} == {"encoder", "actor"}
+    assert not any(name.startswith("encoder.head") for name in policy) and all(
+        torch.equal(policy[name], whole[name]) for name in policy
+    )
+    assert (tmp_path / "a/policy/model/15.pt").stat().st_size < (folder / "model/15.pt").stat().st_size / 2
+    (logged,) = [row for row in rows(folder, "eval.log") if row["step"] == 15]
+    row = json.loads(call("evaluate.py", f"--run {tmp_path}/a/policy --num_eval_episodes 2").stdout)
+    assert row["returns"] == logged["returns"]
+    for name in ("episode_reward", "episode_reward_std"):
+        assert row[name] == row[f"logged_{name}"] == logged[name]
+
+
 def test_a_run_from_before_a_flag(tmp_path):
     """A flag that args.json lacks has its default."""
     args = dataclasses.asdict(parse(STATE.split()))
@@ -217,7 +234,7 @@ def test_evaluate_refuses_in_one_line(trained, tmp_path, monkeypatch, call):
     (folder / "args.json").write_text(json.dumps(args))
     monkeypatch.chdir(tmp_path)
     networks = torch.load(model / "36.pt", weights_only=True)
-    first = next(iter(networks))
+    first = next(name for name in networks if name.startswith("actor."))
     (folder / "model" / "1.pt").write_bytes(b"PK not a model")
     torch.save(Code(), folder / "model" / "2.pt")
     torch.save({"foreign": 1}, folder / "model" / "3.pt")
@@ -248,6 +265,8 @@ def test_evaluate_refuses_in_one_line(trained, tmp_path, monkeypatch, call):
         (f"--run {'x' * 300}", "xxx"),
         ("--run run --num_eval_episodes 0", "--num_eval_episodes 0: must be at least 1"),
         ("--run run --video e.mp4", "--video e.mp4: exists and is not overwritten"),
+        ("--run run --export run", "--export run: exists and is not overwritten"),
+        ("--run run --export e.mp4/a", f"--export e.mp4/a: {tmp_path}/e.mp4 is not a folder"),
         ("--run run --video e.txt", "--video e.txt: must end in .mp4"),
         ("--run run --video a/e.mp4", f"--video a/e.mp4: {tmp_path}/a is not a folder"),
     ):
