@@ -1,3 +1,4 @@
+# make install                            into .venv
 # make train ARGS="--task_name balance"   train, after installing into .venv
 # make test                               the test suite, two tests at a time, a thread each
 # make test ARGS="tests/test_sac.py"      some of it, one at a time
@@ -9,7 +10,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 ARGS ?=
 
-.PHONY: train test lint
+.PHONY: install train test lint
+
+install: .venv/installed
 
 train: .venv/installed
 	.venv/bin/python train.py --save_tb --save_video $(ARGS)
