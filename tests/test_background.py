@@ -59,6 +59,18 @@ class Solid:
         return np.full((height, width, 3), self.colour, np.uint8)
 
 
+class Numbered(Solid):
+    """Five clips, each in the colour of its number."""
+
+    lengths = [10] * 5
+
+    def __init__(self):
+        super().__init__(0)
+
+    def frame(self, clip, index, height, width):
+        return np.full((height, width, 3), clip, np.uint8)
+
+
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
     """A folder with three videos, of 132, 250 and 120 frames, the first two to train with."""
@@ -114,6 +126,18 @@ def test_mask_against_rays(name):
         for step in (-1, 1):
             border |= same != np.roll(same, step, axis)
     assert not (wrong & ~border).any() and wrong.sum() <= TASKS[name], wrong.sum()
+
+
+def test_drawn_without_shadows():
+    """Legs cast shadows on legs; a walker before a background has none."""
+    env = dmc2gym.make(
+        "walker", "walk", seed=3, from_pixels=True, channels_first=False, background=Solid((255, 0, 255))
+    )
+    frame = env.reset(seed=1)[0]
+    task = (frame != (255, 0, 255)).any(-1)
+    flags = {"shadow": False, "reflection": False, "skybox": False}
+    plain, bare = (env.physics.render(84, 84, 0, render_flag_overrides=f) for f in ({}, flags))
+    assert np.array_equal(frame[task], bare[task]) and not np.array_equal(plain[task], bare[task])
 
 
 def test_string_and_skin_are_not_background():
@@ -304,6 +328,20 @@ def test_an_episode_plays_its_clip_forwards(videos):
         assert equal(corner, [films.frame(0, (first + i) % 7, 84, 84)[:30] for i in range(10)])
         firsts.add(first)
     assert len(firsts) > 2
+
+
+def test_every_clip_is_shown():
+    """By environments with different seeds, and after resets with different seeds, in different orders."""
+    source = Numbered()
+
+    def shown(seed, resets):
+        env = dmc2gym.make("cartpole", "swingup", seed=seed, from_pixels=True, background=source)
+        return [int(env.reset(seed=given)[0][0, 0, 0]) for given in resets]
+
+    one, other, same = shown(0, [None] * 60), shown(1, [None] * 60), shown(0, [None] * 60)
+    assert set(one) == set(range(5)) and one == same != other
+    seeded = shown(0, range(60))
+    assert set(seeded) == set(range(5)) and seeded == shown(1, range(60))
 
 
 def test_the_background_has_a_random_state_of_its_own():
