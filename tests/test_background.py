@@ -163,10 +163,39 @@ def test_moving_repeats_without_a_jump():
     assert 0 < step < 8 and 0 < wrap < 8 and far > 20
 
 
+def test_moving_against_a_simulation():
+    """Pixel by pixel; discs step by step, turning round at the borders."""
+    moving, size, steps = Moving("train"), 24, 700
+    waves, discs = moving._shapes(5)
+    image = np.full((size, size, 3), 0.5)
+    for row in range(size):
+        for column in range(size):
+            for down, right, phase, turns, colour in waves:
+                angle = (down * row + right * column) / (size - 1) + 2 * np.pi * (phase + turns * steps / 1000)
+                image[row, column] += np.sin(angle) * colour
+    for start, laps, radius, colour in discs:
+        centre = []
+        for at, speed in zip(start, 2 * laps / 1000, strict=True):
+            at, speed = (1 - at, -speed) if at <= 1 else (at - 1, speed)
+            for _ in range(steps):
+                at += speed
+                if not 0 <= at <= 1:
+                    at, speed = (-at if at < 0 else 2 - at), -speed
+            centre.append(at)
+        for row in range(size):
+            for column in range(size):
+                if np.hypot(row / (size - 1) - centre[0], column / (size - 1) - centre[1]) < radius:
+                    image[row, column] = colour
+    difference = np.abs(moving.frame(5, steps, size, size) - image.clip(0, 1) * 255)
+    assert np.median(difference) < 1 and (difference.max(-1) > 2).sum() <= 3  # pixels at a disc's border
+    assert any(laps.any() for _, laps, *_ in discs) and any(turns for *_, turns, _ in waves)
+
+
 def test_moving_clips_differ():
-    clips = [split.frame(i, 0, 84, 84) for split in (Moving("train"), Moving("test")) for i in range(50)]
-    assert len({clip.tobytes() for clip in clips}) == 100
-    assert (len(Moving("train").lengths), len(Moving("test").lengths)) == (200, 50)
+    train, test = Moving("train"), Moving("test")
+    assert (len(train.lengths), len(test.lengths)) == (200, 50)
+    frames = {source.frame(i, 0, 8, 8).tobytes() for source in (train, test) for i in range(len(source.lengths))}
+    assert len(frames) == 250
 
 
 def test_videos_against_another_decoder(videos):
@@ -196,8 +225,9 @@ def test_frames_are_shared_out(videos, tmp_path):
     """Equally, and what a short clip leaves goes to those after it."""
     shutil.copytree(videos, tmp_path / "v")
     shutil.copy(PHOTOGRAPHS / "astronaut.png", tmp_path / "v" / "train" / "a.png")
-    lengths = [Films("background", str(tmp_path / "v"), "train", n, 16, False).lengths for n in (1, 2, 3, 100, 1000)]
-    assert lengths == [[1], [1, 1], [1, 1, 1], [1, 49, 50], [1, 132, 250]]
+    films = [Films("background", str(tmp_path / "v"), "train", n, 16, False) for n in (1, 2, 3, 100, 1000)]
+    assert len({film.sha256 for film in films}) == 5
+    assert [film.lengths for film in films] == [[1], [1, 1], [1, 1, 1], [1, 49, 50], [1, 132, 250]]
 
 
 def test_every_fourth_clip_is_for_tests(photographs):
@@ -218,6 +248,13 @@ def test_numbered_pictures_are_one_clip(tmp_path):
     assert train.lengths == [3, 1, 1] and test.lengths == [5]
     assert [int(test.frame(0, i, 20, 20)[0, 0, 0]) for i in range(5)] == [0, 40, 80, 120, 160]
     assert [int(train.frame(i, 0, 20, 20)[0, 0, 0]) for i in range(3)] == [0, 200, 201]
+
+
+def test_every_frame_once(tmp_path):
+    """Whatever the time that a file shows it for."""
+    frames = [np.full((40, 40, 3), value, np.uint8) for value in (0, 80, 160, 240)]
+    iio.imwrite(tmp_path / "a.gif", frames, duration=[20, 500, 20, 100])
+    assert Films("background", str(tmp_path), "train", 99, 20, False).lengths == [4]
 
 
 def test_crops_the_centre(tmp_path):
