@@ -305,7 +305,7 @@ def test_a_folder_that_was_moved(tmp_path, monkeypatch, call):
 def test_another_thread_count(begun, tmp_path, monkeypatch, call):
     shutil.copytree(begun / "kept", tmp_path / "run")
     made = train.provenance
-    monkeypatch.setattr(train, "provenance", lambda device: {**made(device), "threads": 77})
+    monkeypatch.setattr(train, "provenance", lambda *of: {**made(*of), "threads": 77})
     result = call("train.py", f"--num_train_steps 20 --run_dir {tmp_path}/run")
     assert result.returncode == 0
     assert (
