@@ -44,7 +44,6 @@ TASKS = {  # task: what differs from rays at most, in pixels; at the borders of 
     "walker-walk": 80,
     "quadruped-walk": 80,
 }
-OTHER_TASKS = ["ball_in_cup-catch", "finger-spin", "dog-walk", "manipulator-bring_ball"]
 
 
 class Solid:
