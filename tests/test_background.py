@@ -19,6 +19,7 @@ import skimage
 from conftest import make_replay
 
 import background
+import benchmarks.backgrounds
 import dmc2gym
 import rendering
 from background import Films, Moving, open_source
@@ -496,11 +497,8 @@ def test_a_sweep_over_backgrounds(tmp_path, call, photographs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["ball_in_cup-catch", "finger-spin", "dog-walk", "quadruped-walk", "manipulator-bring_ball"]
-)
-def test_other_tasks_train(tmp_path, name, videos, photographs, call):
-    domain, task = name.split("-")
+@pytest.mark.parametrize("domain, task", benchmarks.backgrounds.TASKS)
+def test_nine_tasks_train(tmp_path, domain, task, videos, photographs, call):
     for i, source in enumerate(("moving", videos, photographs)):
         flags = f"{SHORT} --background {source} --domain_name {domain} --task_name {task} --run_dir {tmp_path}/{i}"
         assert call("train.py", flags).returncode == 0
