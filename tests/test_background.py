@@ -356,13 +356,14 @@ def test_worker_and_serial_show_the_same(source, request):
 def test_an_episode_plays_its_clip_forwards(videos):
     """From a first frame on, round the end; the state of the task does not matter."""
     films = Films("background", str(videos), "test", 7, 84, False)
-    env = dmc2gym.make("cartpole", "swingup", from_pixels=True, channels_first=False, background=films)
+    env = dmc2gym.make("cartpole", "swingup", frame_skip=4, from_pixels=True, channels_first=False, background=films)
     firsts = set()
     for _ in range(12):
         frames = [env.reset()[0], *(env.step([0.0])[0] for _ in range(9))]
         corner = [frame[:30] for frame in frames]  # above cart and pole
         (first,) = [i for i in range(7) if np.array_equal(corner[0], films.frame(0, i, 84, 84)[:30])]
         assert equal(corner, [films.frame(0, (first + i) % 7, 84, 84)[:30] for i in range(10)])
+        assert np.array_equal(env.render(168, 168)[:60], films.frame(0, (first + 9) % 7, 168, 168)[:60])
         firsts.add(first)
     assert len(firsts) > 2
 
@@ -419,6 +420,8 @@ def test_default_of_evaluation_is_the_other_split(videos):
     assert train.lengths == [132, 250] and test.lengths == [120]
     assert shown(f"--background {videos} --eval_background train")[1].sha256 == train.sha256
     assert shown(f"--background {videos} --eval_background test")[1].sha256 == test.sha256
+    large = Films("background", str(videos), "train", 1000, 100, False)
+    assert shown(f"--background {videos} --pre_transform_image_size 100")[0].sha256 == large.sha256
     clean, test_only = shown(f"--eval_background {videos}")
     assert clean is None and test_only.sha256 == test.sha256
     moving, clean = shown("--background moving --eval_background none")
