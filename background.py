@@ -23,6 +23,7 @@ from video import check_ffmpeg
 VIDEOS = (".mp4", ".mov", ".avi", ".gif", ".mkv", ".webm")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 SPLITS = ("train", "test")
+CLIP_FRAMES = 50  # a clip has as many, if its file does, before there is another
 TEST_EVERY = 4  # every fourth clip is for tests, in a folder without train/ and test/
 BARE = {"shadow": False, "reflection": False, "skybox": False}  # what a drawing leaves out where it is cut out anyway
 PLANE, GEOM, NOTHING = 0, 5, -1  # MuJoCo's mjGEOM_PLANE and mjOBJ_GEOM; no object in a segmentation
@@ -34,7 +35,7 @@ class Background:
     def __init__(self, source, seed):
         self._source = source
         self.seed(seed)
-        self.begin(self._random.bit_generator.state)
+        self.begin()
 
     def seed(self, seed):
         """Reseed the random state."""
@@ -122,10 +123,10 @@ class Films:
         self._file = tempfile.TemporaryFile()
         enlarged, left, digest = [], frames, hashlib.sha256()
         for number, clip in enumerate(tqdm(clips, f"decoding {folder}", leave=False, disable=None)):
-            check_signals()
-            share = left // (len(clips) - number)  # what short clips leave goes to those after them
+            # what short clips leave goes to those after them
+            share = min(left, max(CLIP_FRAMES, left // (len(clips) - number)))
             if not share:
-                continue
+                break
             decoded, source_size = decode(clip, size, gray, share)
             if not len(decoded):
                 failed.append(clip.name)
@@ -137,11 +138,12 @@ class Films:
             digest.update(decoded)
             left -= len(decoded)
         if not self.lengths:
-            raise Refused(f"--{flag} {folder}: no videos or pictures, but {_listed(failed)}")
+            raise Refused(f"--{flag} {folder}: no videos or pictures to {split} with, but {_listed(failed)}")
         for names, what in ((failed, "left out, no video or picture"), (enlarged, f"enlarged to {size}x{size}")):
             if names:
                 print(f"warning: --{flag} {folder}: {what}: {_listed(names)}", flush=True)
         self._file.flush()
+        digest.update(repr(self.lengths).encode())
         self.sha256 = digest.hexdigest()
 
     @property
@@ -173,11 +175,10 @@ def _listed(names):
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A video, a picture, or pictures that are the frames of a video: its name, and what ffmpeg reads."""
+    """A video or picture, or the pictures that are the frames of a video: a name, and the files."""
 
     name: str
-    path: str
-    options: tuple = ()
+    paths: list
 
 
 def decode(clip, size, gray, most):
@@ -186,32 +187,38 @@ def decode(clip, size, gray, most):
     output = ["-vf", f"{shape},format=gray" if gray else shape, "-frames:v", str(most), "-fps_mode", "passthrough"]
     frames, source_size = [], (0, 0)
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns that the size changes
-    with signals_kept_from_children(), contextlib.suppress(OSError, RuntimeError):  # a damaged file: what was decoded
-        reader = imageio_ffmpeg.read_frames(clip.path, input_params=list(clip.options), output_params=output)
-        source_size = next(reader)["source_size"]
-        frames.extend(reader)
+    for path in clip.paths[:most]:
+        with contextlib.suppress(OSError, RuntimeError):  # a damaged file: what was decoded
+            with signals_kept_from_children():
+                reader = imageio_ffmpeg.read_frames(path, output_params=output)
+                source_size = next(reader)["source_size"]
+            for frame in reader:
+                check_signals()
+                frames.append(frame)
     return np.frombuffer(b"".join(frames), np.uint8).reshape(-1, size, size, 3), source_size
 
 
 def find_clips(folder):
     """(all clips in a folder at any depth, in order of name; the names of its other files).
 
-    Pictures with numbers as names, such as 00000.jpg and 00001.jpg, are the frames of one clip, any other is a clip of
-    its own.
+    Pictures with numbers as names, such as 00000.jpg and 00001.jpg, are the frames of one clip, in order of their
+    numbers; any other is a clip of its own. Hidden files and folders do not count.
     """
     clips, sequences, others = [], {}, []
-    for path in sorted(path for path in folder.rglob("[!.]*") if path.is_file()):
-        name, suffix = str(path.relative_to(folder)), path.suffix.lower()
-        if suffix in PICTURES and path.stem.isdigit():
-            sequences.setdefault((path.parent, path.suffix, len(path.stem)), []).append(path)
-        elif suffix in VIDEOS + PICTURES:
-            clips.append(Clip(name, str(path)))
-        else:
-            others.append(name)
-    for (parent, suffix, digits), paths in sequences.items():
-        pattern = os.path.join(str(parent).replace("%", "%%"), f"%0{digits}d{suffix}")
-        clips.append(Clip(str(paths[0].relative_to(folder)), pattern, ("-start_number", paths[0].stem)))
-    return sorted(clips, key=lambda clip: clip.name), others
+    for parent, folders, names in os.walk(folder.absolute(), followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (pathlib.Path(parent, name) for name in names if not name.startswith(".")):
+            name, suffix = str(path.relative_to(folder.absolute())), path.suffix.lower()
+            if suffix in PICTURES and path.stem.isdecimal():
+                sequences.setdefault((parent, path.suffix), []).append(path)
+            elif suffix in VIDEOS + PICTURES:
+                clips.append(Clip(name, [str(path)]))
+            else:
+                others.append(name)
+    for paths in sequences.values():
+        paths.sort(key=lambda path: (int(path.stem), path.stem))
+        clips.append(Clip(str(paths[0].relative_to(folder.absolute())), [str(path) for path in paths]))
+    return sorted(clips, key=lambda clip: clip.name), sorted(others)
 
 
 def find_split(flag, folder, split):

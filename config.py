@@ -48,13 +48,13 @@ class TaskFlags:
     camera_id: int | None = None
     """Camera for frames and videos. None: the task's usual one, 2 for quadruped, else 0."""
     background: str = "none"
-    """none: the task's own floor and sky. moving: discs over a drifting texture in their place. Otherwise a folder of
-    videos or pictures, docs/backgrounds.md."""
+    """none: the task's own floor and sky; moving: discs over a drifting texture; or a folder of videos or pictures, see
+    docs/backgrounds.md."""
     eval_background: str | None = None
     """Background of evaluations: train or test, a split of --background, or none, moving or another folder. None:
     test."""
     background_frames: int = 1_000
-    """Frames to decode from a folder, for training and for evaluation each."""
+    """Decode at most this many frames of a folder, for training and for evaluation each."""
     background_gray: bool = False
     """Show a folder's frames in shades of gray."""
 
@@ -102,7 +102,8 @@ class SpeedFlags:
     """Device that stores the replay's frames; auto is the networks' if they take less than half its free memory."""
     replay_storage: Literal["auto", "raw", "lz4"] = "auto"
     """Storage of the replay's frames: raw, or LZ4-compressed to between 1/20 and 1/2 of the size, depending on the
-    task, at a small cost per update; auto is raw if they take less than half of the free memory."""
+    task, at a small cost per update; auto is raw if they take less than half of the free memory, or have a
+    background, of which LZ4 saves little."""
     env_worker: bool = True
     """Step the environment in its own process during the updates, and evaluate in up to four; same results."""
 

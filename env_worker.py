@@ -18,7 +18,7 @@ from gymnasium.wrappers import FrameStackObservation, TransformObservation
 
 import dmc2gym
 import rendering
-from background import open_source
+from background import check_folders, open_source
 from endings import Ending, signals_kept_from_children
 from machine import available_cores, choose_device
 
@@ -215,7 +215,8 @@ def work(pipe):
 
 
 def open_env(config, seed):
-    """The training environment."""
+    """The training environment; raises `Refused` for a bad folder of backgrounds, of evaluations too."""
+    check_folders(config)
     _choose_renderer(config)
     return (WorkerEnv if config.env_worker else SerialEnv)(config, seed, open_source(config, "train"))
 

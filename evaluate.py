@@ -22,7 +22,7 @@ from env_worker import open_eval_envs
 from episodes import eval_seed, evaluate, summary
 from machine import choose_device, limit_threads
 from storage.checkpoint import load_policy, save_model
-from storage.run_folder import check_writable, load_config, load_rows
+from storage.run_folder import check_writable, load_args, load_config, load_rows
 from video import check_ffmpeg, save_video
 
 
@@ -95,9 +95,9 @@ def main():
         check_ffmpeg("video")
     # compiling takes longer than the episodes
     config = dataclasses.replace(load_config(args.run), compile=False, save_video=bool(args.video))
-    if args.eval_background:
+    if args.eval_background is not None:
         config = dataclasses.replace(config, eval_background=args.eval_background)
-        check(config)
+        check(dataclasses.replace(config, background_frames=1000, background_gray=False))  # they need a folder
     device = choose_device(args.device)
     envs = open_eval_envs(config, args.num_eval_episodes)
     agent = make_agent(config, envs[0].observation_space.shape, envs[0].action_space.shape[0], device)
@@ -107,6 +107,9 @@ def main():
         return
 
     message = functools.partial(print, file=sys.stderr)
+    shown = envs[0].background and envs[0].background.sha256
+    if args.eval_background is None and shown != load_args(args.run).get("eval_background_sha256"):
+        message("warning: the background's files have changed since the run")
     try:
         returns, frames = evaluate(envs, agent, args.num_eval_episodes, eval_seed(config), config.save_video, message)
     except (FloatingPointError, Ending) as error:

@@ -173,7 +173,7 @@ class ReplayBuffer:
         place = torch.device(place)
         available = _available(place, config)
         if kind == "auto":
-            still = config.background == "none"  # LZ4 saves only 4 to 22 % of frames with a background
+            still = config.background == "none"  # LZ4 saves only a few percent of frames with a background
             kind = "lz4" if still and raw >= available / 2 and place.type == "cpu" else "raw"
         size = min(raw, self.slots * PACKED_BYTES) if kind == "lz4" and config.background == "none" else raw
         too_large = (

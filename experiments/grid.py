@@ -127,7 +127,7 @@ def as_flags(point):
 
 def plan(args, flags, folder):
     """The runs of a command; creates nothing. `Refused` if flags are invalid or this machine cannot run with them."""
-    runs, checked = {}, set()
+    runs, names, checked = {}, set(), set()
     for variant, values, point in combinations(parse_variants(args), parse_grid(flags)):
         if point.get("seed") == "-1":
             raise Refused("--seed -1: a sweep needs explicit seeds, which name its folders")
@@ -142,6 +142,9 @@ def plan(args, flags, folder):
         result = _result(config)
         if result in runs:
             raise Refused(f"{runs[result][0]} and {name}: identical runs")
+        if name in names:
+            raise Refused(f"{name}: two runs would share this folder; use --variant to name them")
+        names.add(name)
         runs[result] = (name, words)
         check_writable("name", str(folder / name))
         needs = tuple(getattr(config, flag) for flag in CHECKED)

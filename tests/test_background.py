@@ -222,12 +222,12 @@ def test_gray(videos, photographs):
 
 
 def test_frames_are_shared_out(videos, tmp_path):
-    """Equally, and what a short clip leaves goes to those after it."""
+    """Equally, but 50 or more to a clip that has them; what a short clip leaves goes to those after it."""
     shutil.copytree(videos, tmp_path / "v")
     shutil.copy(PHOTOGRAPHS / "astronaut.png", tmp_path / "v" / "train" / "a.png")
     films = [Films("background", str(tmp_path / "v"), "train", n, 16, False) for n in (1, 2, 3, 100, 1000)]
     assert len({film.sha256 for film in films}) == 5
-    assert [film.lengths for film in films] == [[1], [1, 1], [1, 1, 1], [1, 49, 50], [1, 132, 250]]
+    assert [film.lengths for film in films] == [[1], [1, 1], [1, 2], [1, 50, 49], [1, 132, 250]]
 
 
 def test_every_fourth_clip_is_for_tests(photographs):
@@ -248,6 +248,30 @@ def test_numbered_pictures_are_one_clip(tmp_path):
     assert train.lengths == [3, 1, 1] and test.lengths == [5]
     assert [int(test.frame(0, i, 20, 20)[0, 0, 0]) for i in range(5)] == [0, 40, 80, 120, 160]
     assert [int(train.frame(i, 0, 20, 20)[0, 0, 0]) for i in range(3)] == [0, 200, 201]
+
+
+def test_numbers_of_any_kind(tmp_path, monkeypatch):
+    """Without zeros in front, with gaps; the same pictures as one clip or two; a folder with a colon."""
+    folder = tmp_path / "10:30"
+    folder.mkdir()
+    for number in (0, 1, 3, 9, 10, 11):
+        iio.imwrite(folder / f"{number}.png", np.full((40, 40, 3), 20 * number, np.uint8))
+    monkeypatch.chdir(tmp_path)
+    one = Films("background", "10:30", "train", 99, 20, False)
+    assert [int(one.frame(0, i, 20, 20)[0, 0, 0]) for i in range(6)] == [0, 20, 60, 180, 200, 220]
+    for path in folder.iterdir():
+        path.rename(folder / f"{'abcdefghijkl'[int(path.stem)]}.png")
+    two = Films("background", "10:30", "train", 99, 20, False)
+    assert one.lengths == [6] and two.lengths == [1] * 5 and one.sha256 != two.sha256
+
+
+def test_hidden_and_linked_folders(tmp_path, photographs):
+    for name in (".git", "v"):
+        (tmp_path / name).mkdir()
+    shutil.copy(PHOTOGRAPHS / "astronaut.png", tmp_path / ".git")
+    (tmp_path / "v" / "link").symlink_to(photographs)
+    clips, _ = background.find_clips(tmp_path)
+    assert len(clips) == 8 and all(clip.name.startswith("v/link/") for clip in clips)
 
 
 def test_every_frame_once(tmp_path):
@@ -272,7 +296,7 @@ def test_what_is_left_out_and_enlarged(videos, tmp_path, capfd):
     (tmp_path / "v/train/broken.mp4").write_bytes(b"hello")
     (tmp_path / "v/train/notes.txt").touch()
     (tmp_path / "v/train/.DS_Store").touch()
-    films = Films("background", str(tmp_path / "v"), "train", 60, 300, False)
+    films = Films("background", str(tmp_path / "v"), "train", 200, 300, False)
     assert len(films.lengths) == 2
     out = capfd.readouterr()
     warning = f"warning: --background {tmp_path}/v:"
@@ -300,7 +324,7 @@ def test_bad_folders(tmp_path, photographs, videos, call):
         f"--background {tmp_path}/notes": "no videos or pictures in its train/, only notes.txt",
         f"--background {tmp_path}/few": "no clips for tests; needs folders train/ and test/, or 4 clips, of which",
         f"--background {tmp_path}/half": "no videos or pictures in its test/",
-        f"--background {tmp_path}/broken": "no videos or pictures, but a.mp4, b.mp4, c.mp4",
+        f"--background {tmp_path}/broken": "no videos or pictures to train with, but a.mp4, b.mp4, c.mp4",
         f"--background moving --eval_background {tmp_path}/empty": "no videos or pictures in it",
         "--background moving --agent sac --encoder_type identity": "has no effect without --encoder_type pixel",
         "--eval_background train": "is a split of --background, which is none",
@@ -308,7 +332,8 @@ def test_bad_folders(tmp_path, photographs, videos, call):
         f"--background {photographs} --background_frames 0": "must be at least 1",
     }
     for flags, right in cases.items():
-        result = call("train.py", f"{flags} --work_dir {tmp_path}/runs")
+        short = SHORT if "identity" not in flags else ""
+        result = call("train.py", f"{flags} {short} --work_dir {tmp_path}/runs")
         assert result.returncode == 2 and right in result.stderr and result.stderr.count("\n") == 1, result
         assert len(result.stderr) <= 201
         if "broken" not in flags:  # a sweep decodes nothing
@@ -478,6 +503,9 @@ def test_a_run_before_videos(tmp_path, videos, call):
     assert shown["test"] == logged and len({tuple(returns) for returns in shown.values()}) == 4
     video = iio.imread(tmp_path / "a/video/26.mp4", plugin="FFMPEG")[0]
     assert video.shape == (256, 256, 3) and video[:60].std() > 20  # the sky is dark blue
+    shutil.copy(PHOTOGRAPHS / "astronaut.png", mine / "test" / "z.png")
+    assert "the background's files have changed" in call("evaluate.py", run).stderr
+    (mine / "test" / "z.png").unlink()
     result = call("evaluate.py", f"{run} --eval_background {tmp_path}/none")
     assert result.returncode == 2 and "--eval_background" in result.stderr
     shutil.copy(PHOTOGRAPHS / "astronaut.png", mine / "train" / "z.png")
@@ -486,9 +514,14 @@ def test_a_run_before_videos(tmp_path, videos, call):
     assert "warning: results may no longer be bit-identical: background_sha256 was " in result.stdout
 
 
-def test_a_sweep_over_backgrounds(tmp_path, call, photographs):
+def test_a_sweep_over_backgrounds(tmp_path, call, photographs, monkeypatch):
     flags = SHORT.replace("--seed 3", "--seed 1,2") + f" --background none,moving,{photographs} --no_env_worker"
     sweep = f"--name b --work_dir {tmp_path} -- --agent sac --no_save_tb {flags}"
+    same = f"--name c --work_dir {tmp_path} -- --background moving,a/b,a_b"
+    for name in ("a/b", "a_b"):
+        shutil.copytree(photographs, tmp_path / "c" / name)
+    monkeypatch.chdir(tmp_path / "c")
+    assert "two runs would share this folder" in call("sweep.py", same).stderr
     listed = call("sweep.py", sweep.replace(" -- ", " --dry_run -- "))
     assert listed.returncode == 0 and listed.stdout.count("train.py") == 6
     assert call("sweep.py", sweep.replace("--seed 1,2", "--seed 1")).returncode == 0
