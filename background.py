@@ -23,9 +23,9 @@ from video import check_ffmpeg
 VIDEOS = (".mp4", ".mov", ".avi", ".gif", ".mkv", ".webm")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 SPLITS = ("train", "test")
-CLIP_FRAMES = 50  # a clip has as many, if its file does, before there is another
+CLIP_FRAMES = 50  # a clip's least share of the frames, so that many long videos do not become stills
 TEST_EVERY = 4  # every fourth clip is for tests, in a folder without train/ and test/
-BARE = {"shadow": False, "reflection": False, "skybox": False}  # what a drawing leaves out where it is cut out anyway
+BARE = {"shadow": False, "reflection": False, "skybox": False}  # not drawn: they fall on what is masked
 PLANE, GEOM, NOTHING = 0, 5, -1  # MuJoCo's mjGEOM_PLANE and mjOBJ_GEOM; no object in a segmentation
 
 

@@ -311,8 +311,10 @@ VARIANTS = (
     "predictor_layers"
 ).split()
 NOT_SAC_AE = "num_strided_layers target_augmentations critic_augmentations".split()
-PIXELS = "image_size precision update_mode target_augmentations critic_augmentations detach_encoder".split()
-PIXELS += ["background", "eval_background"]
+PIXELS = (
+    "image_size background eval_background precision update_mode target_augmentations critic_augmentations "
+    "detach_encoder"
+).split()
 PIXELS += [field.name for field in dataclasses.fields(EncoderFlags) if field.name != "encoder_type"]
 CODY = [field.name for field in dataclasses.fields(CoDyFlags)]
 DECODER = [field.name for field in dataclasses.fields(DecoderFlags)]
