@@ -62,11 +62,14 @@ def rows_at(run, step):
     return [row for row in load_rows(run, "eval.log") if row["step"] == step]
 
 
-def check_export(folder):
-    """Raise `Refused` unless `folder` is new."""
-    if os.path.lexists(folder):
-        raise Refused(f"--export {folder}: exists and is not overwritten")
-    check_writable("export", folder)
+def check_export(args):
+    """Raise `Refused` unless the folder is new and no flag asks for episodes."""
+    for flag in ("num_eval_episodes", "video", "eval_background"):
+        if getattr(args, flag) != getattr(Args, flag):
+            raise Refused(f"--{flag} {getattr(args, flag)}: has no effect with --export, which plays no episodes")
+    if os.path.lexists(args.export):
+        raise Refused(f"--export {args.export}: exists and is not overwritten")
+    check_writable("export", args.export)
 
 
 def export(run, step, policy, folder):
@@ -89,12 +92,14 @@ def main():
     if args.num_eval_episodes < 1:
         raise Refused(f"--num_eval_episodes {args.num_eval_episodes}: must be at least 1")
     if args.export is not None:
-        check_export(args.export)
+        check_export(args)
     if args.video:
         check_video_path(args.video)
         check_ffmpeg("video")
     # compiling takes longer than the episodes
     config = dataclasses.replace(load_config(args.run), compile=False, save_video=bool(args.video))
+    if args.export is not None:
+        config = dataclasses.replace(config, eval_background="none")  # its files are not needed
     if args.eval_background is not None:
         config = dataclasses.replace(config, eval_background=args.eval_background)
         check(dataclasses.replace(config, background_frames=1000, background_gray=False))  # they need a folder

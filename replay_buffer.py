@@ -172,10 +172,10 @@ class ReplayBuffer:
             place = self.device if fits else "cpu"
         place = torch.device(place)
         available = _available(place, config)
+        packs = config.background == "none"  # LZ4 saves only a few percent of frames with a background
         if kind == "auto":
-            still = config.background == "none"  # LZ4 saves only a few percent of frames with a background
-            kind = "lz4" if still and raw >= available / 2 and place.type == "cpu" else "raw"
-        size = min(raw, self.slots * PACKED_BYTES) if kind == "lz4" and config.background == "none" else raw
+            kind = "lz4" if packs and raw >= available / 2 and place.type == "cpu" else "raw"
+        size = min(raw, self.slots * PACKED_BYTES) if kind == "lz4" and packs else raw
         too_large = (
             f"--replay_buffer_capacity {config.replay_buffer_capacity}: its frames take {size / 1e9:.1f} GB "
             f"({kind}) and {available / 1e9:.1f} GB of memory are available on {place}"

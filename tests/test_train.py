@@ -265,6 +265,7 @@ def test_evaluate_refuses_in_one_line(trained, tmp_path, monkeypatch, call):
         (f"--run {'x' * 300}", "xxx"),
         ("--run run --num_eval_episodes 0", "--num_eval_episodes 0: must be at least 1"),
         ("--run run --video e.mp4", "--video e.mp4: exists and is not overwritten"),
+        ("--run run --export a --video e.mp4", "--video e.mp4: has no effect with --export"),
         ("--run run --export run", "--export run: exists and is not overwritten"),
         ("--run run --export e.mp4/a", f"--export e.mp4/a: {tmp_path}/e.mp4 is not a folder"),
         ("--run run --video e.txt", "--video e.txt: must end in .mp4"),
