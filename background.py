@@ -50,7 +50,7 @@ class Background:
         self._first = int(self._random.integers(self._source.lengths[self._clip]))
 
     def draw(self, physics, height, width, camera_id, decisions):
-        """The task before the background `decisions` decisions into the episode, (height, width, 3) uint8.
+        """The task in front of the background `decisions` decisions into the episode, (height, width, 3) uint8.
 
         Background is where MuJoCo's segmentation has no object, or a plane: floor, ground, reacher's walls.
         """

@@ -54,7 +54,7 @@ class TaskFlags:
     """Background of evaluations: train or test, a split of --background, or none, moving or another folder. None:
     test."""
     background_frames: int = 1_000
-    """Decode at most this many frames of a folder, for training and for evaluation each."""
+    """Maximum number of frames to decode from a folder, per split."""
     background_gray: bool = False
     """Show a folder's frames in shades of gray."""
 
@@ -82,7 +82,7 @@ class TrainingFlags:
     eval_freq: int | None = None
     """Decisions between evaluations. None: the task table's value, else 10,000 environment steps."""
     num_eval_episodes: int = 10
-    """Episodes per evaluation; where frames are drawn in software, up to a tenth of a run's time at 10."""
+    """Episodes per evaluation; with software rendering, 10 take up to a tenth of the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class SpeedFlags:
     compile: bool = False
     """Use torch.compile for the networks, with CUDA graphs on CUDA; the first updates are slow."""
     replay_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device that stores the replay's frames; auto is the networks' if they take less than half its free memory."""
+    """Device that stores the replay's frames; auto is the networks' device if they fit in half its free memory."""
     replay_storage: Literal["auto", "raw", "lz4"] = "auto"
     """Storage of the replay's frames: raw, or LZ4-compressed to between 1/20 and 1/2 of the size, depending on the
     task, at a small cost per update; auto is raw if they take less than half of the free memory, or have a
@@ -159,7 +159,7 @@ class EncoderFlags:
     encoder_feature_dim: int = 50
     """Dimension d of the latent."""
     encoder_lr: float = 1e-3
-    """Adam learning rate of the encoder: in CoDy's step, where cody_lr is added, or in the joint step."""
+    """Adam learning rate of the encoder: in the auxiliary task's step (for CoDy plus cody_lr), or in the joint step."""
     encoder_tau: float = 0.05
     """EMA rate of the target encoder and CoDy's target predictor."""
     num_layers: int = 4
@@ -186,7 +186,7 @@ class CoDyFlags:
     """Gradient norm at which CoDy's loss is clipped. None: no clipping."""
     cody_grad_ratio: float | None = None
     """Joint mode: rescale CoDy's gradient at the latent, per batch, to this multiple of the critic's. None: no
-    rescaling; it is about a hundredth of the critic's late in a run."""
+    rescaling; the ratio is then about 0.01 late in a run."""
     omega_cody_loss: float = 1e-3
     """Weight omega of the KL term (in the published objective, of its second term); 0 still computes and logs it.
     Released: README and default 0.001, train.sh 0.01."""

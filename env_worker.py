@@ -1,4 +1,4 @@
-"""Environments with a split step: `start` it, do something else, `finish` it.
+"""Environments whose step has two halves, `start` and `finish`, with other work in between.
 
 `WorkerEnv` steps in its own process, in parallel to the caller; `SerialEnv` steps in this process, in `finish`. Physics
 and frames are the same, so a run gives the same numbers with either.

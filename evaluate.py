@@ -43,7 +43,7 @@ class Args:
     eval_background: str | None = None
     """Background, as in train.py: train, test, none, moving or a folder. None: the run's."""
     export: str | None = None
-    """New folder to which to copy the run's flags, its policy and that step's evaluation; no episodes then."""
+    """New folder for the run's flags, policy and logged evaluation; plays no episodes."""
 
 
 def check_video_path(video):

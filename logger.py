@@ -41,7 +41,7 @@ TRAIN_COLUMNS = {
 EVAL_COLUMNS = {"episode": "E", "step": "S", "episode_reward": "R", "duration": "D"}
 MEDIAN_WINDOW = 20  # fetches in the running median of the divergence warning, which needs at least half of them
 COLLAPSED = {"latent_std": 0.05, "latent_rank": 3}  # latents below either value have collapsed
-COLLAPSE_AFTER = 2_000  # updates; new encoders look collapsed, healthy runs stay above 0.6 and 20 from then on
+COLLAPSE_AFTER = 2_000  # updates; new encoders look collapsed, healthy runs stay above 0.3 and 17 from then on
 
 
 class Logger:

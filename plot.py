@@ -38,7 +38,7 @@ class Args:
     table: tuple[int, ...] | None = None
     """Write a table at these environment steps, given after the folders; if none, at the last that all runs reached."""
     diagnostics: bool = False
-    """Plot MI bound, KL, latent rank and gradient ratio against the training return, per seed."""
+    """Plot MI bound, KL, latent rank and gradient ratio per seed, over environment steps and training return."""
     out: str | None = None
     """Path of the output files without extension. None: curves, table or diagnostics in the first folder."""
 

@@ -63,7 +63,7 @@ class Args:
     dry_run: bool = False
     """Print the commands and, with --slurm, the batch script; create nothing."""
     status: str | None = None
-    """Folder whose runs' status to print."""
+    """Print the status of the runs in this folder."""
     resume: str | None = None
     """Folder of the sweep to resume."""
 

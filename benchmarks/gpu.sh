@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything to check and to measure on the first CUDA GPU, in about ten minutes on one card:
+# Checks and times updates on a CUDA GPU, in about ten minutes on one card:
 #     bash benchmarks/gpu.sh gpu                  # logs and runs go to the folder gpu/
 #     DEVICE=cpu bash benchmarks/gpu.sh try       # the same lines in small, on a machine without a GPU
 out=$(realpath -m "${1:?names the folder for logs}")
