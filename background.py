@@ -5,7 +5,6 @@ computes them, `Films` plays frames that were decoded once and that all environm
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import logging
@@ -122,17 +121,17 @@ class Films:
         self.lengths, self._size = [], size
         self._file = tempfile.TemporaryFile()
         enlarged, left, digest = [], frames, hashlib.sha256()
-        for number, clip in enumerate(tqdm(clips, f"decoding {folder}", leave=False, disable=None)):
+        for number, name in enumerate(tqdm(clips, f"decoding {folder}", leave=False, disable=None)):
             # what short clips leave goes to those after them
             share = min(left, max(CLIP_FRAMES, left // (len(clips) - number)))
             if not share:
                 break
-            decoded, source_size = decode(clip, size, gray, share)
+            decoded, source_size = decode(clips[name], size, gray, share)
             if not len(decoded):
-                failed.append(clip.name)
+                failed.append(name)
                 continue
             if min(source_size) < size:
-                enlarged.append(f"{clip.name} ({source_size[0]}x{source_size[1]})")
+                enlarged.append(f"{name} ({source_size[0]}x{source_size[1]})")
             self._file.write(decoded)
             self.lengths.append(len(decoded))
             digest.update(decoded)
@@ -173,21 +172,13 @@ def _listed(names):
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """A video or picture, or the pictures that are the frames of a video: a name, and the files."""
-
-    name: str
-    paths: list
-
-
-def decode(clip, size, gray, most):
+def decode(paths, size, gray, most):
     """At most `most` frames of a clip, (N, size, size, 3) uint8, none if it fails, and its own (width, height)."""
     shape = f"crop='min(iw,ih)':'min(iw,ih)',scale={size}:{size}"
     output = ["-vf", f"{shape},format=gray" if gray else shape, "-frames:v", str(most), "-fps_mode", "passthrough"]
     frames, source_size = [], (0, 0)
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns that the size changes
-    for path in clip.paths[:most]:
+    for path in paths[:most]:
         with contextlib.suppress(OSError, RuntimeError):  # a damaged file: what was decoded
             with signals_kept_from_children():
                 reader = imageio_ffmpeg.read_frames(path, output_params=output)
@@ -199,30 +190,31 @@ def decode(clip, size, gray, most):
 
 
 def find_clips(folder):
-    """(all clips in a folder at any depth, in order of name; the names of its other files).
+    """({name of each clip in a folder, at any depth, in order: its files}, the names of the other files).
 
     Pictures with numbers as names, such as 00000.jpg and 00001.jpg, are the frames of one clip, in order of their
     numbers; any other is a clip of its own. Hidden files and folders do not count.
     """
-    clips, sequences, others = [], {}, []
-    for parent, folders, names in os.walk(folder.absolute(), followlinks=True):
+    folder = folder.absolute()
+    clips, sequences, others = {}, {}, []
+    for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (pathlib.Path(parent, name) for name in names if not name.startswith(".")):
-            name, suffix = str(path.relative_to(folder.absolute())), path.suffix.lower()
+            name, suffix = str(path.relative_to(folder)), path.suffix.lower()
             if suffix in PICTURES and path.stem.isdecimal():
                 sequences.setdefault((parent, path.suffix), []).append(path)
             elif suffix in VIDEOS + PICTURES:
-                clips.append(Clip(name, [str(path)]))
+                clips[name] = [str(path)]
             else:
                 others.append(name)
     for paths in sequences.values():
         paths.sort(key=lambda path: (int(path.stem), path.stem))
-        clips.append(Clip(str(paths[0].relative_to(folder.absolute())), [str(path) for path in paths]))
-    return sorted(clips, key=lambda clip: clip.name), sorted(others)
+        clips[str(paths[0].relative_to(folder))] = [str(path) for path in paths]
+    return dict(sorted(clips.items())), sorted(others)
 
 
 def find_split(flag, folder, split):
-    """(the clips of a folder for training or tests, names of other files); raises `Refused` without clips."""
+    """`find_clips` of a folder, those for training ("train") or tests; raises `Refused` without clips."""
     root = pathlib.Path(folder)
     if not folder or not root.is_dir():
         raise Refused(f"--{flag} {folder}: must be none, moving or a folder of videos or pictures")
@@ -232,7 +224,8 @@ def find_split(flag, folder, split):
         only = f", only {_listed(others)}" if others else ""
         raise Refused(f"--{flag} {folder}: no videos or pictures in {f'its {split}/' if folders else 'it'}{only}")
     if not folders:
-        clips = [clip for i, clip in enumerate(clips) if (i % TEST_EVERY == TEST_EVERY - 1) == (split == "test")]
+        names = [name for i, name in enumerate(clips) if (i % TEST_EVERY == TEST_EVERY - 1) == (split == "test")]
+        clips = {name: clips[name] for name in names}
     if not clips:
         right = f"needs folders train/ and test/, or {TEST_EVERY} clips, of which the last is for tests"
         raise Refused(f"--{flag} {folder}: no clips for tests; {right}")

@@ -23,7 +23,7 @@ import endings
 from command_line import parse_flags, shorten
 from config import Config
 from endings import Refused
-from experiments.grid import HERE, command, is_over, load_runs, locked, merge, plan, store
+from experiments.grid import HERE, command, is_over, locked, merge, plan, store
 from experiments.processes import Scheduler
 from experiments.slurm import submit
 from experiments.status import LossProofConsole, plural, run_status, status_table
@@ -114,7 +114,7 @@ def print_status(folder):
 
 def resumed(folder):
     """The runs of a sweep; in a job array, those of the element that the batch script names in SWEEP_ELEMENT."""
-    runs, jobs = load_runs(folder), load_sweep(folder)["jobs"]
+    runs, jobs = load_sweep(folder).values()
     if not runs:
         raise Refused(f"--resume {folder}: not the folder of a sweep")
     if "SWEEP_ELEMENT" not in os.environ:

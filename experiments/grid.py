@@ -157,7 +157,7 @@ def plan(args, flags, folder):
             uses_cuda = "cuda" in (config.device, config.replay_device) or config.precision == "tf32"
             if args.slurm is None and (uses_cuda or config.compile or config.wandb):
                 check_machine(config, choose_device(config.device))
-    for name, flags in load_runs(folder).items():
+    for name, flags in load_sweep(folder)["runs"].items():
         result = _result(parse(flags))
         if result in runs:  # keep its old name, which is another if the earlier grid varied fewer flags
             runs[result] = (name, runs[result][1])
@@ -178,14 +178,9 @@ def is_over(path, flags):
     return False
 
 
-def load_runs(folder):
-    """The runs in a folder's sweep.json: {name, the run's folder in it: flags, a list of tokens}."""
-    return {run["folder"]: run["flags"] for run in load_sweep(folder)["runs"]}
-
-
 def merge(folder, runs):
     """The runs of a command added to those in sweep.json; raises `Refused` if a run there has other flags."""
-    planned = load_runs(folder)
+    planned = load_sweep(folder)["runs"]
     for name, flags in runs.items():
         if planned.get(name, flags) == flags:
             continue

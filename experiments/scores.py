@@ -18,7 +18,7 @@ from scipy import stats
 from command_line import parse_flags
 from config import UNCHANGING, Config, complete
 from endings import Refused
-from storage.run_folder import find_runs, load_args, load_rows, load_state, planned_runs
+from storage.run_folder import find_runs, load_args, load_rows, load_state
 
 MADE_BY = "plot.py of CoDy"  # marks the pictures and tables that plot.py may overwrite
 PUBLISHED = pathlib.Path(__file__).resolve().parent.parent / "results" / "published_scores.csv"
@@ -63,13 +63,10 @@ def _read_folder(folder):
     runs = find_runs(folder)
     if not runs:
         raise Refused(f"{folder}: holds no run (no args.json at any depth)")
-    planned = {}  # flags of each sweep's runs, for those not yet started
-    for sweep in folder.rglob("sweep.json"):
-        planned |= planned_runs(sweep.parent)
     rows, unreadable = [], []
-    for run in runs:
+    for run, planned in runs.items():
         try:
-            rows += _read_run(run, planned.get(run))
+            rows += _read_run(run, planned)
         except (Refused, OSError) as error:
             unreadable.append(str(error))
     if not rows:
@@ -121,8 +118,8 @@ def _read_file(path):
         if "state" not in frame:  # a public file, whose steps are environment steps
             names = {"env": "task", "step": "env_step", "method": "agent", "xs": "env_step", "ys": "episode_reward"}
             frame = frame.rename(columns=names).assign(state="published")
-        if frame.empty or frame[["env_step", "episode_reward", "agent", "seed"]]["seed"].isna().any():
-            raise KeyError  # as a missing column does
+        if frame.empty or not {"env_step", "episode_reward", "agent"} <= set(frame) or frame["seed"].isna().any():
+            raise KeyError  # as a missing seed does
         of_run = sorted(set(frame) - {"step", "env_step", "episode", "episode_reward"})
         run = f"{path}, " + frame[of_run].astype(str).agg(", ".join, axis=1)
         frame = frame.assign(run=run, task=frame["task"].map(task_folder))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from endings import Refused
-from experiments.grid import HERE, command, is_over, load_runs, locked, merge, read_text, store
+from experiments.grid import HERE, command, is_over, locked, merge, read_text, store
 from experiments.status import plural
 from storage.run_folder import load_sweep
 
@@ -27,7 +27,8 @@ def submit(folder, runs, args):
         return
     is_new = not folder.exists()
     with locked(folder):
-        before, everything, jobs = load_runs(folder), merge(folder, runs), load_sweep(folder)["jobs"]
+        before, jobs = load_sweep(folder).values()
+        everything = merge(folder, runs)
         script, elements = batch(folder, runs, jobs, args)  # another command may have submitted some meanwhile
         if elements:
             jobs.append({"id": None, "elements": elements})

@@ -86,7 +86,7 @@ def load_args(run):
         args = json.loads((pathlib.Path(run) / "args.json").read_text())
         if lacking := {"domain_name", "task_name", "agent", "seed", "num_train_steps"} - set(args):
             raise ValueError(f"no {min(lacking)} in it")
-        return {**args}
+        return args
     except (OSError, TypeError, ValueError) as error:
         raise _no_run(run, error) from None
 
@@ -151,34 +151,29 @@ def keep_rows(run, name, last_step):
 
 
 def load_sweep(folder):
-    """sweep.json of a folder: `runs`, a list of {folder, flags}, and `jobs`; both empty if there is no such file.
+    """sweep.json of a folder: `runs`, {the run's folder in it: flags, a list}, and `jobs`; both empty without the file.
 
     Raises `Refused` if the file cannot be read.
     """
     path = pathlib.Path(folder) / "sweep.json"
     try:
         content = json.loads(path.read_text())
-        runs = [{"folder": str(run["folder"]), "flags": list(run["flags"])} for run in content["runs"]]
+        runs = {str(run["folder"]): list(run["flags"]) for run in content["runs"]}
         return {"runs": runs, "jobs": [{**job, "elements": list(job["elements"])} for job in content.get("jobs", [])]}
     except FileNotFoundError:
-        return {"runs": [], "jobs": []}
+        return {"runs": {}, "jobs": []}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or f"not what sweep.py writes: {error}"
         raise Refused(f"{path}: cannot be read ({reason[:80]})") from None
 
 
-def planned_runs(folder):
-    """{run folder: flags} in a folder's sweep.json; if that cannot be read, a warning and no runs."""
-    try:
-        return {pathlib.Path(folder, run["folder"]): run["flags"] for run in load_sweep(folder)["runs"]}
-    except Refused as error:
-        print(f"warning: {error}", file=sys.stderr)
-        return {}
-
-
 def find_runs(folder):
-    """Run folders in `folder` at any depth: those in a sweep.json, started or not, others, and unreadable folders."""
-    planned, others, unreadable = [], [], []
+    """{run folder: flags in its sweep.json or None} in `folder` at any depth.
+
+    First come the runs of a sweep.json, started or not, then others, then folders that cannot be read. Warns of a
+    sweep.json that cannot be read.
+    """
+    planned, others, unreadable = {}, [], []
 
     def keep(error):
         if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
@@ -187,10 +182,13 @@ def find_runs(folder):
     for place, folders, files in os.walk(folder, onerror=keep):
         folders[:] = [] if "args.json" in files else sorted(folders)
         if "sweep.json" in files:
-            planned += planned_runs(place)
+            try:
+                planned |= {pathlib.Path(place, name): flags for name, flags in load_sweep(place)["runs"].items()}
+            except Refused as error:
+                print(f"warning: {error}", file=sys.stderr)
         if "args.json" in files:
             others.append(pathlib.Path(place))
-    return list(dict.fromkeys([*planned, *others, *unreadable]))
+    return planned | {run: None for run in [*others, *unreadable] if run not in planned}
 
 
 def load_state(run):
@@ -226,10 +224,8 @@ def is_written(run):
         with open(pathlib.Path(run) / "lock", "rb") as lock:
             question = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
             return struct.unpack("hhqqi", fcntl.fcntl(lock, fcntl.F_GETLK, question))[0] != fcntl.F_UNLCK
-    except FileNotFoundError:
-        return False
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in (errno.ENOENT, *NO_LOCKS):
             raise
         return False
 
@@ -324,7 +320,7 @@ class RunFolder:
         self._config, self._resumes = config, resumes
         self._status, self._time = {"state": "running", "step": 0}, 0.0
         try:
-            self.path = self._new(config) if config.run_dir is None else pathlib.Path(config.run_dir)
+            self.path = self._new() if config.run_dir is None else pathlib.Path(config.run_dir)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
         except OSError as error:  # check_writable cannot see everything, such as a file system that rejects mkdir
@@ -335,9 +331,9 @@ class RunFolder:
         if resumes:  # another process may have finished the run since parse_run
             check_resumable(config)
 
-    @staticmethod
-    def _new(config):
+    def _new(self):
         """Create <work_dir>/<domain>-<task>/<agent>-<time>-s<seed>/, with a number appended if that exists."""
+        config = self._config
         parent = pathlib.Path(config.work_dir) / f"{config.domain_name}-{config.task_name}"
         parent.mkdir(parents=True, exist_ok=True)
         name = f"{config.agent}-{time.strftime('%Y%m%d-%H%M%S')}-s{config.seed}"
@@ -366,7 +362,6 @@ class RunFolder:
 
     def begin(self, step, made_with):
         """Record in args.json that the run starts, or resumes at `step`; `made_with`: see `provenance`."""
-        self._status["step"] = step
         now = {"time": time.time(), "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]], **made_with}
         args = dataclasses.asdict(self._config)
         if self._resumes:
@@ -375,7 +370,7 @@ class RunFolder:
         else:
             args |= now
         write_json(self.path / "args.json", args)
-        self.report(state="running")
+        self.report(step=step)
 
     def undo(self, error):
         """Undo a failed start: delete the folder, unless --run_dir named it."""
@@ -416,7 +411,7 @@ def git_commit():
     return commit + "+" * bool(answers[1].stdout) if pathlib.Path(top) == here else None
 
 
-def provenance(device, background=None, eval_background=None):
+def provenance(device, background, eval_background):
     """Versions, hardware and background frames of this process for args.json.
 
     Bit-identical results need all of them to match.

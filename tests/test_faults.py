@@ -280,7 +280,8 @@ def test_a_damaged_file_in_a_shared_folder(tmp_path, call, damaged, content):
     assert status.returncode == 0 and "v/cartpole-swingup/s1" in status.stdout
     if "run.json" not in damaged:
         assert damaged in (status.stdout + status.stderr).replace("foreign: not the folder of a run (", "foreign/")
-    assert call("plot.py", str(tmp_path)).returncode == 0
+    plot = call("plot.py", str(tmp_path))
+    assert plot.returncode == 0 and plot.stderr.count(damaged) == ("sweep.json" in damaged)
 
 
 def test_logs_of_the_caller_are_left_alone(tmp_path, call):

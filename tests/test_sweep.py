@@ -419,7 +419,7 @@ def test_a_run_that_ends_before_it_begins(here, call, script, state, word):
     assert call("sweep.py", "--name a -- --seed 0").returncode == 1
     result = call("sweep.py", f"--status {here}")
     assert [load_state(run) for run in find_runs(here)] == [state]
-    assert word in result.stdout and result.stdout.endswith(f"1 {status.run_status(find_runs(here)[0]).state}\n")
+    assert word in result.stdout and result.stdout.endswith(f"1 {status.run_status(*find_runs(here)).state}\n")
 
 
 def test_a_full_disk_under_a_run_that_cannot_begin_stops_no_other(here, call, monkeypatch):
@@ -683,7 +683,7 @@ def test_a_real_run(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "sweep.py", *words], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     run = tmp_path / "a/cody_sac/cartpole-balance/s3"
-    assert find_runs(tmp_path) == [run] and load_state(run) == "finished"
+    assert list(find_runs(tmp_path)) == [run] and load_state(run) == "finished"
     assert [row["step"] for row in load_rows(run, "eval.log")] == [0, 30, 60]
     assert list((run / "tb").iterdir()) and "seed 3, on " in (run / "output.log").read_text()
 
