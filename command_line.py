@@ -63,7 +63,7 @@ def _check_words(flags, args) -> None:
         given, equals, value = word.partition("=")
         flag = given.replace("-", "_").replace("__", "--", 1)
         if flag not in known:
-            nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+            nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.65)
             right = f"the nearest is {nearest[0]}" if nearest else "--help lists them"
             raise Refused(f"unrecognized flag {shorten(given)}; {right}")
         value = value if equals else "".join(args[i + 1 : i + 2])

@@ -111,17 +111,17 @@ class Logger:
         return Diverged(f"{error} at step {self._step}; last metrics: {self._last}")
 
     def announce(self, device, replay, resumed_at):
-        """Print a run's first line: folder, seed, device, threads, precision, renderer, replay memory."""
+        """Print a run's first line: folder, steps, seed, device, threads, precision, renderer, replay memory."""
         c, backend = self._config, os.environ.get("MUJOCO_GL")
         drawn = f"drawn by {backend}, {renderer(backend)}"
         sees = f"frames {drawn}"
         if c.encoder_type == "identity":
             sees = f"states, videos {drawn}" if c.save_video else "states"
         threads = torch.get_num_threads()
-        resumes = "" if resumed_at is None else f"resumes at step {resumed_at}, "
+        begins = f"new run of {c.num_train_steps} steps" if resumed_at is None else f"resumes at step {resumed_at}"
         on = f"on {device} with {threads} thread{'s' if threads > 1 else ''} in {c.precision}"
         on += ", deterministic" * c.deterministic
-        self.message(f"{self._folder}: {resumes}seed {c.seed}, {on}, {sees}, {replay.description}")
+        self.message(f"{self._folder}: {begins}, seed {c.seed}, {on}, {sees}, {replay.description}")
         if c.precision == "bf16" and device.type == "cpu" and (ratio := bf16_time_ratio()) >= 1:
             self.message(
                 f"warning: --precision bf16: convolutions take {ratio:.2f} times as long as in fp32 on this machine"

@@ -69,6 +69,7 @@ def test_tasks_outside_the_table_and_other_repeats():
         ("--bach_size 3", "unrecognized flag --bach_size; the nearest is --batch_size"),
         ("--device tpu", "--device tpu: must be one of auto, cpu, cuda"),
         ("--omega_cody_los 1", "unrecognized flag --omega_cody_los; the nearest is --omega_cody_loss"),
+        ("--learning_rate 1", "unrecognized flag --learning_rate; --help lists them"),
         ("--critic_lr -0.001", "--critic_lr -0.001: must be positive"),
         ("--cody_lr nan", "--cody_lr nan: must be finite"),
         ("--omega_cody_loss -1", "--omega_cody_loss -1.0: must not be negative"),

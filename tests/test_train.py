@@ -112,7 +112,7 @@ def test_console_without_a_terminal_is_plain_lines(trained):
     _, stdout = trained
     assert "\r" not in stdout and "\x1b" not in stdout
     lines = stdout.splitlines()
-    assert "seed 3, on " in lines[0] and "frames drawn by " in lines[0]
+    assert "new run of 36 steps, seed 3, on " in lines[0] and "frames drawn by " in lines[0]
     assert sum(line.startswith("| train") for line in lines) == 3
     assert sum(line.startswith("| eval") for line in lines) == 4
     last = [line for line in lines if line.startswith("| train")][-1]
