@@ -83,7 +83,7 @@ def test_interrupted_in_every_way(tmp_path, one, here):
     job, said = submit(tmp_path, one, "--jobs", "2")
     assert f"job {job}: 4 runs in 4 elements" in said
     folder = tmp_path / "runs" / "a"
-    runs = find_runs(folder)
+    runs = list(find_runs(folder))
     at_work(one, runs[0], 30)
     at_work(one, runs[1], 30)
     assert element(one, job, 2)["JobState"] == "PENDING"  # --jobs at once
@@ -117,7 +117,7 @@ def test_the_time_limit_and_a_more_urgent_job(tmp_path, one, here):
     job, said = submit(tmp_path, one, "--runs_per_job", "2")
     assert f"job {job}: 4 runs in 2 elements" in said
     folder = tmp_path / "runs" / "a"
-    runs = find_runs(folder)
+    runs = list(find_runs(folder))
 
     def come_back(times):
         one.wait(lambda: [element(one, job, index)["Restarts"] for index in (0, 1)] == [times] * 2, 120)
