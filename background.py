@@ -120,11 +120,12 @@ class Films:
         clips, failed = find_split(flag, folder, split)
         self.lengths, self._size = [], size
         self._file = tempfile.TemporaryFile()
-        enlarged, left, digest = [], frames, hashlib.sha256()
+        enlarged, unused, left, digest = [], [], frames, hashlib.sha256()
         for number, name in enumerate(tqdm(clips, f"decoding {folder}", leave=False, disable=None)):
             # what short clips leave goes to those after them
             share = min(left, max(CLIP_FRAMES, left // (len(clips) - number)))
             if not share:
+                unused = list(clips)[number:]
                 break
             decoded, source_size = decode(clips[name], size, gray, share)
             if not len(decoded):
@@ -138,7 +139,11 @@ class Films:
             left -= len(decoded)
         if not self.lengths:
             raise Refused(f"--{flag} {folder}: no videos or pictures to {split} with, but {_listed(failed)}")
-        for names, what in ((failed, "left out, no video or picture"), (enlarged, f"enlarged to {size}x{size}")):
+        for names, what in (
+            (failed, "left out, no video or picture"),
+            (enlarged, f"enlarged to {size}x{size}"),
+            (unused, f"not used, since --background_frames {frames} end before"),
+        ):
             if names:
                 print(f"warning: --{flag} {folder}: {what}: {_listed(names)}", flush=True)
         self._file.flush()

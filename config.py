@@ -346,6 +346,7 @@ def _ranges(c: Config):
     project = c.wandb is None or re.fullmatch(r"[^/\\#?%:]{1,128}", c.wandb)
     yield project, "wandb", "must be 1 to 128 characters, none of them / \\ # ? % or :"
     yield c.init_steps >= 2, "init_steps", "must be at least 2, to leave a pair of transitions to sample"
+    yield from ((getattr(c, flag) != "", flag, "an empty name; must be a folder") for flag in ("work_dir", "run_dir"))
 
 
 def _relations(c: Config):
@@ -355,7 +356,8 @@ def _relations(c: Config):
     yield 0 <= strided <= layers, "num_strided_layers", f"must be from 0 to --num_layers {layers}"
     # at least one output pixel must remain: a 3x3 convolution with stride 1 takes 2 pixels, with stride 2 half of them
     smallest = 2**strided * 2 * (layers - strided + 1) - 1
-    yield c.image_size >= smallest, "image_size", f"must be at least {smallest} pixels for --num_layers {layers}"
+    right = f"must be at least {smallest} pixels for --num_layers {layers} and --num_strided_layers {strided}"
+    yield c.image_size >= smallest, "image_size", right
     right = f"must be at least --image_size {c.image_size}"
     yield c.pre_transform_image_size >= c.image_size, "pre_transform_image_size", right
     steps, capacity = c.num_train_steps, c.replay_buffer_capacity
@@ -371,7 +373,8 @@ def _combinations(c: Config):
     """The same for flags that another flag makes meaningless: refused rather than ignored."""
     steps_encoder = c.agent != "sac" or c.update_mode == "joint"
     pixels = c.encoder_type != "identity"
-    folders = {c.background, c.eval_background} - {"none", "moving", "train", "test", None}
+    known = (None, "none", "moving")
+    folders = c.background not in known or c.eval_background not in (*known, "train", "test")
     yield pixels or c.agent != "cody_sac", "encoder_type", "--agent cody_sac has no encoder to train; needs --agent sac"
     needs = [
         (CODY, "--agent cody_sac", c.agent == "cody_sac"),

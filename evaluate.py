@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import pathlib
-import shutil
 import sys
 from typing import Literal
 
@@ -75,9 +74,10 @@ def check_export(args):
 def export(run, step, policy, folder):
     """Write the run's args.json and run.json, its evaluation at `step` and model/<step>.pt with the policy alone."""
     folder = pathlib.Path(folder)
+    copies = {name: (pathlib.Path(run) / name).read_bytes() for name in ("args.json", "run.json")}
     folder.mkdir(parents=True)
-    for name in ("args.json", "run.json"):
-        shutil.copy(pathlib.Path(run) / name, folder)
+    for name, content in copies.items():
+        (folder / name).write_bytes(content)
     (folder / "eval.log").write_text("".join(json.dumps(row) + "\n" for row in rows_at(run, step)))
     save_model(policy, folder / "model", step)
     size = (folder / "model" / f"{step}.pt").stat().st_size / 1e6
@@ -97,7 +97,8 @@ def main():
         check_video_path(args.video)
         check_ffmpeg("video")
     # compiling takes longer than the episodes
-    config = dataclasses.replace(load_config(args.run), compile=False, save_video=bool(args.video))
+    own = {"device": args.device, "compile": False, "save_video": bool(args.video)}
+    config = dataclasses.replace(load_config(args.run), **own)
     if args.export is not None:
         config = dataclasses.replace(config, eval_background="none")  # its files are not needed
     if args.eval_background is not None:

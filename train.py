@@ -18,8 +18,6 @@ import contextlib
 import dataclasses
 import time
 
-import torch
-
 from agent import make_agent
 from endings import Ending, RunEnded, Stopped, check_signals
 from env_worker import open_env, open_eval_envs
@@ -164,9 +162,11 @@ class Run:
             ending = Ending(f"{stop}; --run_dir {self.folder.path} resumes at step {self.progress.step}", stop.code)
         except FloatingPointError as error:
             ending = self.logger.explain(error)
-        except torch.OutOfMemoryError as error:  # raised by CUDA, with a paragraph as message
-            less = "reduce memory with --replay_device cpu, a smaller --batch_size or fewer parallel runs"
-            ending = Ending(f"{str(error).split('. ')[0]}; {less}")
+        except RuntimeError as error:  # torch: CUDA's OutOfMemoryError, or the CPU's allocator
+            if "memory" not in str(error):
+                raise
+            less = "reduce memory with a smaller --batch_size, fewer parallel runs or --replay_device cpu"
+            ending = Ending(f"{str(error).rpartition('Allocator: ')[2].split('. ')[0]}; {less}")
         except (Ending, OSError, MemoryError) as error:  # a dead worker, a full disk
             ending = error if isinstance(error, Ending) else Ending(error)
         with contextlib.suppress(OSError):

@@ -3,7 +3,8 @@
     python -m benchmarks.checkpoint_cost                            # the default networks on cartpole swingup
     python -m benchmarks.checkpoint_cost --transitions 100000 --flags="--domain_name walker --task_name walk"
 
-Fills a replay with `--transitions` from a few random-policy episodes, repeated, then saves after each further episode.
+Fills a replay with `--transitions` from a few random-policy episodes, repeated, then saves `--saves` times, an episode
+apart.
 The share assumes one checkpoint every `--checkpoint_minutes`; the journal's cost between them has its own line.
 """
 
@@ -59,11 +60,12 @@ def measure(args, config, folder):
     agent.update(agent.augment(replay.sample(config.batch_size)), 0)  # creates the optimizers' state
     env.reset()
     saves = []
-    for _ in range(args.saves):
+    for number in range(args.saves):
+        if number:
+            transitions += fill(replay, episodes, 1)
         start = time.perf_counter()
         checkpoints.save()
         saves.append(time.perf_counter() - start)
-        transitions += fill(replay, episodes, 1)
     start = time.perf_counter()
     again, *_ = make(config, folder)
     built = time.perf_counter()

@@ -16,7 +16,7 @@ from command_line import shorten
 from config import UNCHANGING, Config, parse
 from endings import Refused, RunEnded
 from machine import check_machine, choose_device
-from storage.run_folder import check_writable, load_sweep, parse_run, write_json
+from storage.run_folder import check_writable, load_status, load_sweep, parse_run, write_json
 from video import check_ffmpeg
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
@@ -127,7 +127,7 @@ def as_flags(point):
 
 def plan(args, flags, folder):
     """The runs of a command; creates nothing. `Refused` if flags are invalid or this machine cannot run with them."""
-    runs, names, checked = {}, set(), set()
+    runs, checked = {}, set()
     for variant, values, point in combinations(parse_variants(args), parse_grid(flags)):
         if point.get("seed") == "-1":
             raise Refused("--seed -1: a sweep needs explicit seeds, which name its folders")
@@ -142,9 +142,6 @@ def plan(args, flags, folder):
         result = _result(config)
         if result in runs:
             raise Refused(f"{runs[result][0]} and {name}: identical runs")
-        if name in names:
-            raise Refused(f"{name}: two runs would share this folder; use --variant to name them")
-        names.add(name)
         runs[result] = (name, words)
         check_writable("name", str(folder / name))
         needs = tuple(getattr(config, flag) for flag in CHECKED)
@@ -161,6 +158,9 @@ def plan(args, flags, folder):
         result = _result(parse(flags))
         if result in runs:  # keep its old name, which is another if the earlier grid varied fewer flags
             runs[result] = (name, runs[result][1])
+    names = [name for name, _ in runs.values()]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise Refused(f"{twice[0]}: two runs would share this folder; use --variant to name them")
     return dict(runs.values())
 
 
@@ -170,7 +170,12 @@ def _result(config):
 
 
 def is_over(path, flags):
-    """Whether the run in folder `path` has finished or diverged; `Refused` if it can neither start nor resume."""
+    """Whether the run in folder `path` has finished, diverged or been extended by hand, beyond what the sweep asks for.
+
+    Raises `Refused` if it can neither start nor resume.
+    """
+    if load_status(path).get("num_train_steps", 0) > parse(flags).num_train_steps:
+        return True
     try:
         parse_run([*flags, "--run_dir", str(path)])
     except RunEnded:

@@ -221,13 +221,16 @@ def test_gray(videos, photographs):
     assert colour.sha256 != gray.sha256
 
 
-def test_frames_are_shared_out(videos, tmp_path):
+def test_frames_are_shared_out(videos, tmp_path, capsys):
     """Equally, but 50 or more to a clip that has them; what a short clip leaves goes to those after it."""
     shutil.copytree(videos, tmp_path / "v")
     shutil.copy(PHOTOGRAPHS / "astronaut.png", tmp_path / "v" / "train" / "a.png")
     films = [Films("background", str(tmp_path / "v"), "train", n, 16, False) for n in (1, 2, 3, 100, 1000)]
     assert len({film.sha256 for film in films}) == 5
     assert [film.lengths for film in films] == [[1], [1, 1], [1, 2], [1, 50, 49], [1, 132, 250]]
+    (warning,) = capsys.readouterr().out.splitlines()[:1]
+    right = "not used, since --background_frames 1 end before: "
+    assert warning.startswith(f"warning: --background {tmp_path}/v: {right}") and warning.count(".mp4") == 2
 
 
 def test_every_fourth_clip_is_for_tests(photographs):

@@ -3,6 +3,12 @@
 import types
 
 import pytest
+from conftest import SMALL
+
+from benchmarks import checkpoint_cost
+from config import parse
+from storage import journal
+from storage.run_folder import CHECKPOINT
 
 
 def test_throughput(call):
@@ -84,6 +90,17 @@ def test_released_beside_ours(call, monkeypatch):
         ["8", "40.0", "10.0", "4.00"],
         ["8", "40.0", "15.0", "2.67"],
     ]
+
+
+def test_checkpoint_cost_counts_the_transitions_on_disk(tmp_path, capsys):
+    flags = f"{SMALL} --action_repeat 100 --replay_buffer_capacity 30 --num_train_steps 1030 --batch_size 4"
+    checkpoint_cost.measure(
+        checkpoint_cost.Args(transitions=30, saves=3), parse(f"{flags} --no_env_worker".split()), tmp_path
+    )
+    ages = [age for _, _, age, *_ in journal.read(tmp_path / CHECKPOINT)]
+    size = sum(path.stat().st_size for path in (tmp_path / CHECKPOINT).glob("*.replay"))
+    per_transition = size / sum(age > 0 for age in ages) / 1e3
+    assert f"replay on disk {per_transition:.2f} KB a transition" in capsys.readouterr().out
 
 
 def test_random_policy(call):

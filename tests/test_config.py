@@ -94,7 +94,10 @@ def test_tasks_outside_the_table_and_other_repeats():
             "--num_strided_layers 2: has no effect without --agent cody_sac or sac",
         ),
         ("--agent sac --cody_warmup_updates 5", "--cody_warmup_updates 5: has no effect without --agent cody_sac"),
-        ("--num_layers 22", "--image_size 84: must be at least 87 pixels for --num_layers 22"),
+        (
+            "--num_layers 22",
+            "--image_size 84: must be at least 87 pixels for --num_layers 22 and --num_strided_layers 1",
+        ),
         ("--image_size 10", "--image_size 10: must be at least 15 pixels for --num_layers 4"),
         ("--pre_transform_image_size 80", "--pre_transform_image_size 80: must be at least --image_size 84"),
         ("--init_steps 1", "--init_steps 1: must be at least 2, to leave a pair of transitions to sample"),
@@ -114,12 +117,20 @@ def test_tasks_outside_the_table_and_other_repeats():
         ("--num_train_steps 1100 --batch_size 1200", "--batch_size 1200: must not exceed what the replay can hold"),
         ("--num_train_steps 500", "--init_steps 1000: must be below --num_train_steps 500, or nothing is trained"),
         ("--num_train_steps 0", "--num_train_steps 0: must be at least 1"),
+        ("--run_dir=", "--run_dir : an empty name; must be a folder"),
+        ("--work_dir=", "--work_dir : an empty name; must be a folder"),
     ],
 )
 def test_bad_values(flags, line):
     with pytest.raises(Refused) as error:
         parse(flags.split())
     assert str(error.value).startswith(line) and "\n" not in str(error.value) and len(str(error.value)) <= 200
+
+
+def test_train_is_a_split_of_the_evaluation_and_may_be_a_folder():
+    parse("--background train --background_frames 500".split())
+    with pytest.raises(Refused):
+        parse("--background moving --eval_background train --background_frames 500".split())
 
 
 @pytest.mark.parametrize(

@@ -310,6 +310,35 @@ def test_a_changed_grid_adds_and_never_removes(here, call):
     assert sorted(names(here)) == sorted([first, *omegas])
 
 
+def test_a_name_that_another_run_has(here, call):
+    """A run keeps its folder under a new name of its variant; the variant that now has the old name is refused."""
+    file = here.parent.parent / "rows.txt"
+    file.write_text("wide: --hidden_dim 2048")
+    assert call("sweep.py", "--name a --variants rows.txt -- --seed 0").returncode == 0
+    lines = ["wide: --hidden_dim 512", "wider: --hidden_dim 2048"]
+    for order in (lines, lines[::-1]):
+        file.write_text("\n".join(order))
+        result = call("sweep.py", "--name a --variants rows.txt -- --seed 0")
+        assert result.returncode == 2 and result.stderr.count("\n") == 1
+        assert result.stderr.startswith("sweep.py: error: wide/cartpole-swingup/s0: two runs would share this folder")
+    assert names(here) == ["wide/cartpole-swingup/s0"]
+
+
+def test_a_run_that_was_extended_by_hand(here, call):
+    """The sweep leaves it alone, also while it is unfinished, and executes the others."""
+    words = "--name a -- --num_train_steps 2000 --seed"
+    assert call("sweep.py", f"{words} 0").returncode == 0
+    run = here / "cody_sac/cartpole-swingup/s0"
+    for state in ("stopped", "finished"):
+        for name, value in (("args.json", {"num_train_steps": 4000}), ("run.json", {"state": state})):
+            path = run / name
+            path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_steps": 4000, **value}))
+        result = call("sweep.py", f"--dry_run {words} 0,6")
+        assert (result.returncode, result.stderr) == (0, "1 run to do, 1 over\n")
+    assert call("sweep.py", f"{words} 0,6").returncode == 0
+    assert len((run / "times").read_text().splitlines()) == 2  # it began once
+
+
 def spans(folder):
     """[(begin, end)] of the stand-ins, from their `times`."""
     return [[float(line.split()[0]) for line in (run / "times").read_text().splitlines()] for run in find_runs(folder)]

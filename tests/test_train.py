@@ -10,6 +10,7 @@ import pathlib
 import pty
 import random
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -209,6 +210,19 @@ def test_an_exported_policy_plays_like_its_run(trained, tmp_path, call):
     for name in ("episode_reward", "episode_reward_std"):
         assert row[name] == row[f"logged_{name}"] == logged[name]
 
+    (tmp_path / "a/policy/run.json").unlink()
+    result = call("evaluate.py", f"--run {tmp_path}/a/policy --export {tmp_path}/b")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and not (tmp_path / "b").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA")
+def test_a_policy_from_cuda_plays_on_the_cpu(trained, tmp_path, call):
+    shutil.copytree(trained[0], tmp_path / "a")
+    args = json.loads((tmp_path / "a/args.json").read_text())
+    (tmp_path / "a/args.json").write_text(json.dumps({**args, "device": "cuda"}))
+    result = call("evaluate.py", f"--run {tmp_path}/a --num_eval_episodes 1")
+    assert result.returncode == 0, result.stderr
+
 
 def test_a_run_from_before_a_flag(tmp_path):
     """A flag that args.json lacks has its default."""
@@ -303,16 +317,23 @@ def test_training_on_a_full_disk(tmp_path, monkeypatch, call, name):
     assert len(rows(folder, "eval.log")) == 1
 
 
-@pytest.mark.parametrize("when", ["making the networks", "an update"])
+@pytest.mark.parametrize("when", ["making the networks", "an update on CUDA", "an update on the CPU"])
 def test_memory_that_the_networks_lack(tmp_path, monkeypatch, call, when):
-    if when == "an update":
+    if when.startswith("an update"):
 
         def update(*args, **kwargs):
+            if when.endswith("CPU"):
+                torch.empty(2**50)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
 
         monkeypatch.setattr(SAC, "update", update)
         result = call("train.py", f"{STATE} --run_dir {tmp_path}/a")
-        line = f"{tmp_path}/a: stopped: CUDA out of memory; reduce memory with --replay_device cpu, a smaller "
+        reason = (
+            f"can't allocate memory: you tried to allocate {2**52} bytes"
+            if when.endswith("CPU")
+            else "CUDA out of memory"
+        )
+        line = f"{tmp_path}/a: stopped: {reason}; reduce memory with a smaller --batch_size"
         assert (result.returncode, load_status(tmp_path / "a")["state"]) == (1, "stopped")
     else:
         monkeypatch.setattr("agent.SAC", lambda *args: torch.empty(2**50))
