@@ -125,10 +125,10 @@ class CoDy(CoDyTask):
         return self.prior(z_bar_prev, self.action_encoder(batch.action_prev))
 
     def loss(self, batch, z, encoder, target_encoder, *, detailed=False, noise=None):
-        """InfoNCE + omega * KL of an augmented `Batch` of B pairs, and metrics, all 0-d except `kl_per_dim` (d + 1,).
+        """InfoNCE + omega * KL of an augmented `Batch` of B pairs, and metrics, all 0-d except `kl_per_dim`.
 
         z (B, d) are the latents of `batch.obs`, with gradient; `encoder` and `target_encoder` are f and its EMA.
-        `detailed` adds the expensive metrics. `noise` (B, d + 1) is the posterior sample's epsilon; None draws it.
+        `detailed` adds the expensive metrics. `noise` is the posterior sample's epsilon; None draws it.
         """
         c = self.config
         mu_p, log_std_p = self.posterior(z, self.action_encoder(batch.action))  # (B, d + 1)

@@ -13,7 +13,7 @@ from typing import Literal
 from command_line import parse_flags, shorten
 from endings import Refused
 
-# (domain, task) -> action repeat, decisions, decisions between evaluations; 500K environment steps each.
+# (domain, task) -> action repeat, decisions, decisions between evaluations; about 500K environment steps.
 # Action repeats: PlaNet (arXiv 1811.04551), table 1, as used by SAC+AE, CURL and DrQ.
 TASK_TABLE = {
     ("cartpole", "swingup"): (8, 63_000, 1_250),
@@ -90,11 +90,12 @@ class SpeedFlags:
     """Speed and memory; only update_mode and precision change results beyond float32 rounding."""
 
     update_mode: Literal["sequential", "joint"] = "sequential"
-    """sequential, the faithful one: the critic's and CoDy's optimizers step the encoder in turn. joint: one forward of
+    """sequential, as released: the critic's and CoDy's optimizers step the encoder in turn. joint: one forward of
     o_t and one backward through the encoder for both losses, one Adam at encoder_lr; the actor reuses the features. For
     more learning per minute: joint with cody_grad_ratio 1, num_strided_layers 2 and conv_init orthogonal."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Precision of the convolutions, with tf32 (on CUDA) also of matrix products; parameters and losses are float32."""
+    """Precision of the encoder's convolutions; tf32 (on CUDA) of all convolutions and matrix products. Parameters and
+    losses are float32."""
     deterministic: bool = False
     """Use deterministic kernels on CUDA, so that equal runs give equal bits; slower. A CPU run has them anyway."""
     compile: bool = False
@@ -103,10 +104,10 @@ class SpeedFlags:
     """Device that stores the replay's frames; auto is the networks' device if they fit in half its free memory."""
     replay_storage: Literal["auto", "raw", "lz4"] = "auto"
     """Storage of the replay's frames: raw, or LZ4-compressed to between 1/20 and 1/2 of the size, depending on the
-    task, at a small cost per update; auto is raw if they take less than half of the free memory, or have a
-    background, of which LZ4 saves little."""
+    task, at a small cost per update. auto: raw if they fit in half of the free memory or have a background, which
+    LZ4 hardly compresses."""
     env_worker: bool = True
-    """Step the environment in its own process during the updates, and evaluate in up to four; same results."""
+    """Run the environment in its own process beside the updates, and evaluations in up to four; same results."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +155,8 @@ class EncoderFlags:
     """The encoder, shared by SAC and the auxiliary task."""
 
     encoder_type: Literal["pixel", "protorl", "identity"] = "pixel"
-    """pixel: convs, linear, LayerNorm. protorl: pixels minus 1/2, LayerNorm and tanh moved into actor and critic.
-    identity: train from the task's state instead of pixels."""
+    """pixel: convs, linear, LayerNorm. protorl: pixels minus 1/2, a linear latent; actor and critic apply LayerNorm and
+    tanh. identity: train from the task's state instead of pixels."""
     encoder_feature_dim: int = 50
     """Dimension d of the latent."""
     encoder_lr: float = 1e-3
@@ -183,7 +184,7 @@ class CoDyFlags:
     cody_warmup_updates: int = 0
     """Updates of linear warm-up of CoDy's step size."""
     cody_max_grad_norm: float | None = None
-    """Gradient norm at which CoDy's loss is clipped. None: no clipping."""
+    """Maximum norm of the gradient of CoDy's loss. None: no clipping."""
     cody_grad_ratio: float | None = None
     """Joint mode: rescale CoDy's gradient at the latent, per batch, to this multiple of the critic's. None: no
     rescaling; the ratio is then about 0.01 late in a run."""
@@ -203,7 +204,7 @@ class CoDyFlags:
     dynamics_layer_norm: bool = True
     """LayerNorm over the outputs of posterior and prior."""
     reward_prediction: Literal["contrastive", "regression", "none"] = "contrastive"
-    """Reward as part of the key, predicted by a regression head with squared error, or not predicted."""
+    """contrastive: the reward is part of the key. regression: a head predicts it (squared error). none: not at all."""
     reward_norm: Literal["per_step", "symmetric", "none"] = "per_step"
     """Scale of the reward that CoDy predicts: per physics step, the same mapped from [0, 1] to [-1, 1], or the sum."""
     action_encoder: bool = False

@@ -143,7 +143,10 @@ class Logger:
             window.append(means[name])
 
     def _watch_latents(self, step, means):
-        """Warn, once per run, when two fetches in a row show collapsed latents; only LayerNorm fixes their scale."""
+        """Warn, once per run, when two fetches in a row show collapsed latents of the pixel encoder.
+
+        The other encoders have no LayerNorm, so their latents have no fixed scale.
+        """
         c = self._config
         updates = (step - c.init_steps) * c.updates_per_step
         if self._collapsed == 2 or updates < COLLAPSE_AFTER or (c.agent, c.encoder_type) != ("cody_sac", "pixel"):

@@ -211,7 +211,7 @@ class SAC(nn.Module):
         """Unlike the released code (docs/algorithm.md): one encoder step for the critic and auxiliary losses together.
 
         All share one forward of o_t. Backward runs from each loss to its latent, then once through the encoder with
-        both gradients. The actor steps last, as in the released order, on the features from before the encoder step.
+        both gradients. The actor steps after that, on the features from before the encoder step, then the targets.
         """
         actor_due, targets_due, auxiliary_due = self._due(index)
         encoder, target_encoder = CachedEncoder(self.encoder), CachedEncoder(self.target_encoder)

@@ -153,8 +153,8 @@ def markdown(cells):
     blocks = [
         f"<!-- {scores.MADE_BY} -->\n{returns_table(cells)}",
         "last: the evaluation at exactly that environment step. outcome: mean of a run's evaluations from half that "
-        "step up to it. Runs: mean over seeds [95 % bootstrap interval] (seeds). Published: mean ± standard "
-        "deviation (seeds). All tasks: (return − random policy) / (1000 − random policy).",
+        "step up to it. Runs: mean over seeds [95 % bootstrap interval; with three seeds, their range] (seeds). "
+        "Published: mean ± standard deviation (seeds). All tasks: (return − random policy) / (1000 − random policy).",
     ]
     if pairs := list(differences(cells)):
         header = ["task", "env steps", "measure", "curves", "difference", "95 % interval", "seeds"]

@@ -3,7 +3,7 @@
 A segment <position>.replay starts with an episode and has one line of JSON (`frame_shape`, `dtype`, `action_dim`,
 `position` of its first frame in the stream), then a `record_type` and `size` bytes of packed data per frame (see
 frames.py; an episode's first frame is packed against zeros). A record holds the transition that led to its frame, so
-it is complete when it is written.
+no record needs a later update.
 """
 
 import hashlib
