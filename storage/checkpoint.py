@@ -102,8 +102,10 @@ class Checkpoints:
         self._time, self._duration = time.monotonic(), time.monotonic() - start
 
     def free(self):
-        """Remove all checkpoints."""
+        """Remove all checkpoints, and the folder unless it has foreign files."""
         self._remove(but=())
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
 
     def _remove(self, but):
         """Remove checkpoint files except those named `but`; leave foreign files, and files that cannot be deleted."""
