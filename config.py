@@ -92,7 +92,7 @@ class SpeedFlags:
     update_mode: Literal["sequential", "joint"] = "sequential"
     """sequential, as released: the critic's and CoDy's optimizers step the encoder in turn. joint: one forward of
     o_t and one backward through the encoder for both losses, one Adam at encoder_lr; the actor reuses the features. For
-    more learning per minute: joint with cody_grad_ratio 1, num_strided_layers 2 and conv_init orthogonal."""
+    more updates per minute: joint with cody_grad_ratio 1, num_strided_layers 2 and conv_init orthogonal."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision of the encoder's convolutions; tf32 (on CUDA) of all convolutions and matrix products. Parameters and
     losses are float32."""

@@ -112,7 +112,7 @@ def draw_curves(frame, names, statistic):
     end = frame["env_step"].max() if ours.isna().all() else ours.max()  # public curves have millions of steps
     columns = min(3, len(tasks))
     figure, axes = panels(math.ceil(len(tasks) / columns), columns, 2.0, sharex=True, sharey=True)
-    at_random = random_returns()
+    at_random = random_returns(frame)
     random_style = {"color": "0.45", "linestyle": (0, (3, 2)), "linewidth": 0.8}
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from command_line import parse_flags
-from config import UNCHANGING, Config, complete
+from config import TASK_TABLE, UNCHANGING, Config, complete
 from endings import Refused
 from storage.run_folder import find_runs, load_args, load_rows, load_state
 
@@ -143,9 +143,18 @@ def published_scores():
     return scores.assign(task=scores["task"].map(task_folder))
 
 
-def random_returns():
-    """The uniformly random policy's mean return, a Series indexed by task; not all tasks have one."""
-    return published_scores().query("method == 'random policy'").set_index("task")["value"]
+def random_returns(frame):
+    """The uniformly random policy's mean return, a Series indexed by task; not all tasks have one.
+
+    It was measured at the task table's action repeats and depends on them, so tasks with a run at another have none.
+    """
+    returns = published_scores().query("method == 'random policy'").set_index("task")["value"]
+    repeats = {f"{domain}-{task}": row[0] for (domain, task), row in TASK_TABLE.items()}
+    if "action_repeat" in frame:
+        ours = frame.dropna(subset="action_repeat")
+        others = ours["task"][ours["action_repeat"] != ours["task"].map(repeats)]
+        returns = returns.drop(others.unique(), errors="ignore")
+    return returns
 
 
 def varied(frame):

@@ -45,13 +45,13 @@ def pooled_returns(part, tasks, step, measure):
 
     They are normalised: 0 is the random policy and 1 the maximum return.
     """
-    at_random, pooled = scores.random_returns(), []
+    at_random, pooled = scores.random_returns(part), []
     for task in tasks:
         returns, note = returns_of(part[part["task"] == task], step, measure)
         if not returns:
             return [], f"{task}: {note}"
         if task not in at_random:
-            return [], f"{task}: no random policy is known"
+            return [], f"{task}: no random policy is known at this action repeat"
         pooled.append((returns[0] - at_random[task]) / (1000 - at_random[task]))
     return pooled, ""
 

@@ -20,7 +20,7 @@ from scipy.stats import ttest_ind
 import plot
 from config import Config, complete, parse
 from endings import Refused
-from experiments import scores
+from experiments import figures, scores
 
 ROOT = pathlib.Path(__file__).parent.parent
 MADE_WITH = {"versions": {"torch": "2.13.0", "numpy": "2.2.6"}, "device_used": "cpu", "git_commit": "a" * 40}
@@ -73,6 +73,15 @@ def lines_of(axis):
 
 def labels_of(figure):
     return [text.get_text().replace("\xa0", " ").replace("\n", " ") for text in figure.legends[0].get_texts()]
+
+
+def test_the_random_policy_has_the_task_tables_action_repeat(tmp_path):
+    """At another it has another return (cartpole swingup 131 at 8, about 40 at 2), so none is shown or used."""
+    for repeat, known in ((8, True), (4, False)):
+        make_run(tmp_path / f"{repeat}", f"--action_repeat {repeat}", [1.0, 2.0])
+        frame, names = frame_of(tmp_path / f"{repeat}")
+        labels = labels_of(figures.draw_curves(frame, names, "mean"))
+        assert (len(scores.random_returns(frame)), "uniformly random policy" in labels) == (6 if known else 5, known)
 
 
 def test_curves_of_a_sweep(sweep, call):
