@@ -8,6 +8,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import threading
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event
@@ -64,6 +65,8 @@ class Dashboard:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        # a full disk fails in the writer's thread first; the next event raises the same error here, without a traceback
+        threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
         number = len(self._event_files())
         if self._config.wandb:
             self._wandb = _open_wandb(self._folder, self._config)

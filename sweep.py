@@ -10,6 +10,11 @@ Arguments after the -- are flags of train.py; commas make the grid. Each run's f
 <work_dir>/<name>/<flags that differ>/<task>/s<seed>/, and <work_dir>/<name>/sweep.json lists all runs.
 """
 
+import endings
+
+if __name__ == "__main__":
+    endings.listen()  # before the other imports, which take a second
+
 import dataclasses
 import os
 import pathlib
@@ -19,7 +24,6 @@ from typing import Annotated
 
 import tyro
 
-import endings
 from command_line import parse_flags, shorten
 from config import Config
 from endings import Refused
@@ -159,5 +163,4 @@ def main():
 
 
 if __name__ == "__main__":
-    endings.listen()
     main()

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import re
 import time
 
 from agent import make_agent
@@ -162,8 +163,10 @@ class Run:
             ending = Ending(f"{stop}; --run_dir {self.folder.path} resumes at step {self.progress.step}", stop.code)
         except FloatingPointError as error:
             ending = self.logger.explain(error)
-        except RuntimeError as error:  # torch: CUDA's OutOfMemoryError, or the CPU's allocator
-            if "memory" not in str(error):
+        except RuntimeError as error:
+            if not re.search(
+                "out of memory|allocate memory", str(error)
+            ):  # CUDA's OutOfMemoryError, the CPU's allocator
                 raise
             less = "reduce memory with a smaller --batch_size, fewer parallel runs or --replay_device cpu"
             ending = Ending(f"{str(error).rpartition('Allocator: ')[2].split('. ')[0]}; {less}")

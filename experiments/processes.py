@@ -95,7 +95,12 @@ class Scheduler:
         ready = [name for name in self._waiting if name not in self._elsewhere]
         for name in ready[: max(0, len(self._free) - outlived)]:
             self._waiting.remove(name)
-            self._start(name, self._free.pop(0))
+            environment = self._free.pop(0)
+            try:
+                self._start(name, environment)
+            except OSError as error:  # a full disk must not stop the other runs
+                self._free.append(environment)
+                self._count_death(name, str(error))
         return bool(self._active or self._waiting)
 
     def _start(self, name, environment):
@@ -125,15 +130,19 @@ class Scheduler:
         elif code == endings.REFUSED and is_written(path):
             self._waiting.append(name)  # another sweep started it first
         else:
-            self._deaths[name] += 1
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            if code != endings.REFUSED and self._deaths[name] < ATTEMPTS:
-                self._waiting.insert(0, name)
-                outcome = "started again"
-            else:
-                self._failed.append(name)
-                outcome = "given up"
-            self._console.print(f"{name}: {how}: {last_line(path)}; {outcome}")
+            self._count_death(name, f"{how}: {last_line(path)}", retry=code != endings.REFUSED)
+
+    def _count_death(self, name, reason, retry=True):
+        """Start a run again that has died, unless it has no attempts left."""
+        self._deaths[name] += 1
+        if retry and self._deaths[name] < ATTEMPTS:
+            self._waiting.insert(0, name)
+            outcome = "started again"
+        else:
+            self._failed.append(name)
+            outcome = "given up"
+        self._console.print(f"{name}: {reason}; {outcome}")
 
     def _refresh(self):
         """Read the folders of the runs in progress; report starts and evaluations where there is no live table."""

@@ -60,7 +60,8 @@ def batch(folder, runs, jobs, args):
     for job in jobs:
         if job["id"]:  # None: sweep.py was killed while it submitted
             indices = slurm("squeue", "--noheader", "--array", "--jobs", job["id"], "--format=%K").split()
-            queued |= {name for i in indices for name in job["elements"][int(i)]}
+            elements = dict(enumerate(job["elements"]))  # the id may by now be another job's, with other indices
+            queued |= {name for i in indices if i.isdigit() for name in elements.get(int(i), [])}
     todo = [name for name, flags in runs.items() if name not in queued and not is_over(folder / name, flags)]
     elements = [todo[i : i + args.runs_per_job] for i in range(0, len(todo), args.runs_per_job)]
     script = fill(

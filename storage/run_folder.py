@@ -243,6 +243,8 @@ def parse_run(args=None):
         return config, False
     before = dataclasses.replace(load_config(config.run_dir), run_dir=config.run_dir, work_dir=config.work_dir)
     config = parse_flags(Config, args, default=before)
+    if before.save_tb and not config.save_tb:  # what the run has of --save_tb's flags would have no effect
+        config = dataclasses.replace(config, tb_media=Config.tb_media, wandb=None)
     if config.seed == -1:  # keep the seed that the first start drew
         config = dataclasses.replace(config, seed=before.seed)
     config = complete(config)
@@ -287,7 +289,7 @@ def _holds_run(run_dir):
     if "args.json" in names:
         return True
     # files of a run that was killed before it wrote args.json, and logs such as Slurm's --output
-    known = {"lock", "args.json.tmp", OUTPUT, EXIT_CODE}
+    known = {"lock", "args.json.tmp", OUTPUT, EXIT_CODE, f"{EXIT_CODE}.tmp"}
     for name in names:
         if name in ("train.log", "eval.log") or not (name in known or name.endswith((".log", ".out", ".err", ".txt"))):
             raise Refused(f"--run_dir {run_dir}: holds {name} and no run (no args.json); name a new or an empty folder")
@@ -373,11 +375,11 @@ class RunFolder:
         self.report(step=step)
 
     def undo(self, error):
-        """Undo a failed start: delete the folder, unless --run_dir named it."""
+        """Undo a failed start: delete the folder, unless --run_dir named it; a run that cannot resume stays as is."""
         if self._config.run_dir is None:
             self._lock.close()
             shutil.rmtree(self.path)
-        else:
+        elif not self._resumes:
             with contextlib.suppress(OSError):
                 self.report(state="stopped", reason=f"before it began: {error}")
 

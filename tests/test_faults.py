@@ -159,7 +159,7 @@ def test_one_unreadable_run_of_a_shared_folder(tmp_path, call, nobody, hidden):
 
 
 def test_a_folder_with_only_logs_of_the_caller(tmp_path, call):
-    for name in ("slurm-12.out", "slurm-12.err", "nohup.log", "notes.txt"):
+    for name in ("slurm-12.out", "slurm-12.err", "nohup.log", "notes.txt", "exit_code.json.tmp"):
         (tmp_path / name).touch()
     assert call("train.py", f"{STATE} --run_dir {tmp_path}").returncode == 0
     assert len(find_runs(tmp_path)) == 1 and load_status(tmp_path)["state"] == "finished"

@@ -13,7 +13,8 @@ import pytest
 from test_resume import STATES, curves, rows
 
 import train
-from config import UNCHANGING, Config
+from config import UNCHANGING, Config, parse
+from dashboard import Dashboard
 from endings import Refused, RunEnded
 from logger import Logger
 from replay_buffer import ReplayBuffer
@@ -84,6 +85,24 @@ def test_which_flags_may_change(begun, monkeypatch):
         with pytest.raises(Refused) as error:
             parse_run(f"{flags} {run_dir}".split())
         assert str(error.value).startswith(line)
+
+
+def test_a_run_of_a_sweep_without_its_events(begun, tmp_path):
+    """A sweep adds --no_tb_media, which has no effect without --save_tb."""
+    args = json.loads((begun / "kept" / "args.json").read_text())
+    (tmp_path / "args.json").write_text(json.dumps({**args, "save_tb": True, "tb_media": False, "wandb": "p"}))
+    shutil.copy(begun / "kept" / "run.json", tmp_path)
+    shutil.copytree(begun / "kept" / "checkpoint", tmp_path / "checkpoint")
+    config, resumes = parse_run(f"--num_train_steps 20 --no_save_tb --run_dir {tmp_path}".split())
+    assert resumes and (config.save_tb, config.tb_media, config.wandb) == (False, True, None)
+
+
+def test_a_run_that_cannot_resume_stays_as_it_is(begun, tmp_path):
+    shutil.copytree(begun / "kept", tmp_path / "kept")
+    before = {path: path.read_bytes() for path in (tmp_path / "kept").glob("*.json")}
+    config, resumes = parse_run(f"--num_train_steps 20 --run_dir {tmp_path}/kept".split())
+    RunFolder(config, resumes).undo(OSError(errno.ENOSPC, "No space left on device"))
+    assert {path: path.read_bytes() for path in (tmp_path / "kept").glob("*.json")} == before
 
 
 def test_what_is_no_run(tmp_path, call):
@@ -336,6 +355,21 @@ def test_a_disk_that_fills_up(begun, small_disk, call):
     result = call("train.py", flags)
     assert result.returncode == 0, result.stderr
     assert rows(small_disk / "run" / "train.log") == rows(begun / "finished" / "train.log")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_events_on_a_full_disk(begun, small_disk, capfd):
+    """One error, without the traceback of TensorBoard's thread."""
+    shutil.copy(begun / "kept" / "args.json", small_disk)
+    dashboard = Dashboard(small_disk, parse(["--save_tb"]))
+    dashboard.open()
+    with pytest.raises(OSError):
+        (small_disk / "full").write_bytes(bytes(200_000))
+    with pytest.raises(OSError):
+        for step in range(1000):
+            dashboard.scalars(step, {"kl": 1.0})
+            dashboard.lengths()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_folder_that_is_read_only(begun, monkeypatch, call):

@@ -310,6 +310,38 @@ def test_a_changed_grid_adds_and_never_removes(here, call):
     assert sorted(names(here)) == sorted([first, *omegas])
 
 
+def test_a_full_disk_stops_only_the_run_that_meets_it(here, call, monkeypatch):
+    popen = subprocess.Popen
+
+    def full(command, **kwargs):
+        if command[-1].endswith("s0"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return popen(command, **kwargs)
+
+    monkeypatch.setattr(processes.subprocess, "Popen", full)
+    result = call("sweep.py", "--name a --jobs 2 -- --seed 0,6")
+    assert result.returncode == 1
+    said = result.stdout.splitlines()
+    run = "cody_sac/cartpole-swingup/s"
+    assert said.count(f"{run}0: [Errno 28] No space left on device; started again") == 2
+    assert f"{run}0: [Errno 28] No space left on device; given up" in said
+    assert f"{run}6: finished, return 106" in said
+
+
+def test_signals_while_it_imports(here):
+    """They are recorded; --status, which starts nothing, goes on."""
+    script = (
+        "import os, runpy, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, *rest): name == 'tyro' and os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        f"sys.argv = ['sweep.py', '--status', 'none']; runpy.run_path({str(ROOT / 'sweep.py')!r}, run_name='__main__')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "sweep.py: error: --status none: holds no runs\n")
+
+
 def test_a_name_that_another_run_has(here, call):
     """A run keeps its folder under a new name of its variant; the variant that now has the old name is refused."""
     file = here.parent.parent / "rows.txt"
@@ -532,6 +564,13 @@ def cluster(here, monkeypatch):
 
 def slurm(call, rest):
     return call("sweep.py", f"--name a --slurm --time=1:00:00 {rest}")
+
+
+def test_a_job_id_that_is_now_another_jobs(here, call, cluster):
+    assert slurm(call, "-- --seed 0,1").returncode == 0
+    (cluster / "queue").write_text("N/A\n7\n1\n")
+    done = slurm(call, "-- --seed 0,1")
+    assert done.returncode == 0 and done.stdout.startswith("job 17: 1 run in 1 element")
 
 
 def test_the_batch_script(here, call, cluster, monkeypatch):
