@@ -52,7 +52,7 @@ def _nested(flags, groups, default):
 
 
 def _check_words(flags, args) -> None:
-    """Refuse unknown flags, malformed numbers and invalid choices before tyro prints its box."""
+    """Refuse unknown flags, empty or malformed values and invalid choices before tyro prints its box."""
     types = {f"--{field.name}": field.type for field in dataclasses.fields(flags)}
     known = [*types, *(f"--no_{flag[2:]}" for flag, type_ in types.items() if type_ is bool)]
     for i, word in enumerate(args):
@@ -66,8 +66,15 @@ def _check_words(flags, args) -> None:
             nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.65)
             right = f"the nearest is {nearest[0]}" if nearest else "--help lists them"
             raise Refused(f"unrecognized flag {shorten(given)}; {right}")
+        has_value = equals or i + 1 < len(args)
         value = value if equals else "".join(args[i + 1 : i + 2])
         kinds = get_args(types.get(flag)) or (types.get(flag),)
+        if flag not in types or types[flag] is bool:  # one of known's switches
+            if equals or value.lower() in ("true", "false", "1", "0"):
+                name = flag.removeprefix("--no_").removeprefix("--")
+                raise Refused(f"{flag} {shorten(value)}: takes no value; --{name} switches it on, --no_{name} off")
+        elif has_value and not value:  # such as an unset variable of the shell
+            raise Refused(f"{flag} : must not be empty")
         if get_origin(types.get(flag)) is Literal and value not in kinds:
             raise Refused(f"{flag} {shorten(value)}: must be one of {', '.join(kinds)}")
         for number, right in ((int, "a whole number"), (float, "a number")):

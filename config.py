@@ -46,7 +46,7 @@ class TaskFlags:
     """Rendered height and width in pixels. If larger than image_size: random crops for training, centre crop for
     acting. None: image_size, with random shifts."""
     camera_id: int | None = None
-    """Camera for frames and videos. None: the task's usual one, 2 for quadruped, else 0."""
+    """Camera for frames and videos. None: the task's usual one, 2 for quadruped and dog fetch, else 0."""
     background: str = "none"
     """none: the task's own floor and sky; moving: discs over a drifting texture; or a folder of videos or pictures, see
     docs/backgrounds.md."""
@@ -347,7 +347,6 @@ def _ranges(c: Config):
     project = c.wandb is None or re.fullmatch(r"[^/\\#?%:]{1,128}", c.wandb)
     yield project, "wandb", "must be 1 to 128 characters, none of them / \\ # ? % or :"
     yield c.init_steps >= 2, "init_steps", "must be at least 2, to leave a pair of transitions to sample"
-    yield from ((getattr(c, flag) != "", flag, "an empty name; must be a folder") for flag in ("work_dir", "run_dir"))
 
 
 def _relations(c: Config):

@@ -16,7 +16,8 @@ from background import Background
 from endings import Refused
 from rendering import DRAWING_OFF, select_gl_backend
 
-CAMERAS = {"quadruped": 2}  # camera 0 hardly shows the body; same choice as drq, drqv2, dreamerv3 and tdmpc2
+# by domain or task, where camera 0 hardly shows the body; quadruped's is that of drq, drqv2, dreamerv3 and tdmpc2
+CAMERAS = {"quadruped": 2, "dog-fetch": 2}
 
 
 def check_task(config):
@@ -53,7 +54,8 @@ def _load(domain_name, task_name, *arguments):
 
 def _camera(physics, domain_name, task_name, camera_id):
     """The camera; None: the task's usual one."""
-    camera = CAMERAS.get(domain_name, 0) if camera_id is None else camera_id
+    usual = CAMERAS.get(f"{domain_name}-{task_name}", CAMERAS.get(domain_name, 0))
+    camera = usual if camera_id is None else camera_id
     cameras = physics.model.ncam
     if not -1 <= camera < cameras:
         raise Refused(f"--camera_id {camera_id}: must be from -1 to {cameras - 1} on {domain_name} {task_name}")

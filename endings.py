@@ -28,7 +28,7 @@ class Ending(Exception):
     code, state, form = 1, "stopped", "{command}: {line}"
 
     def __init__(self, line, code=None):
-        super().__init__(line)
+        super().__init__(str(line) or type(line).__name__)
         self.code = self.code if code is None else code
 
 

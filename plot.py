@@ -62,16 +62,19 @@ def parse_command(argv):
         for word in argv[argv.index("--table") + 1 :]:
             if word.startswith("--"):
                 break
-            if not word.isdigit():
+            if not word.isdecimal():
                 raise Refused(f"--table {word}: must be environment steps; folders come before --table")
     args = parse_flags(Args, argv)
+    if "" in args.paths:
+        raise Refused("an empty path; must be a folder of runs or a file of curves")
     if not args.paths:
         raise Refused("nothing to plot; give run folders or curve files, such as runs/omega")
     if args.table is not None and args.diagnostics:
         raise Refused("--diagnostics: not together with --table, which is a command of its own")
     if args.statistic != "mean" and (args.table is not None or args.diagnostics):
         raise Refused(f"--statistic {args.statistic}: has no effect with --table or --diagnostics")
-    if args.out is not None and not os.path.basename(args.out):
+    suffix = os.path.splitext(args.out or "")[1]
+    if args.out is not None and (not os.path.basename(args.out) or suffix in (".png", ".pdf", ".csv", ".md")):
         raise Refused(f"--out {args.out}: must end in a name, to which .png and so on are added")
     return args
 

@@ -10,7 +10,11 @@ import sys
 
 from endings import Refused, signals_kept_from_children
 
-DEBIAN_PACKAGES = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6", "glfw": "libglfw3 and a display"}
+DEBIAN_PACKAGES = {
+    "egl": "libegl1 libopengl0 libgl1-mesa-dri",
+    "osmesa": "libosmesa6",
+    "glfw": "libglfw3 and a display",
+}
 DRAWING_OFF = ("off", "disable", "disabled", "false", "0")  # dm_control's names
 
 

@@ -68,9 +68,11 @@ def draw_legend(figure, handles, title=None):
     longest = max(len(handle.get_label()) for handle in handles)
     columns = max(1, min(4, len(handles), width // (longest + 9)))  # 9: line sample and padding
     labels = [textwrap.fill(handle.get_label(), width // columns - 9) for handle in handles]
+    title = title and textwrap.fill(title, width)
     lines = [label.count("\n") + 1.2 for label in labels]
     in_column = math.ceil(len(labels) / columns)
-    height = max(sum(lines[i : i + in_column]) for i in range(0, len(lines), in_column)) + (title is not None)
+    height = max(sum(lines[i : i + in_column]) for i in range(0, len(lines), in_column))
+    height += title.count("\n") + 1 if title else 0
     figure.set_figheight(figure.get_figheight() + (height + 1) * 1.2 * FONT / 72)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
 
@@ -99,7 +101,7 @@ def draw_task(axis, frame, styles, statistic):
         if common.empty:
             continue
         of_seeds = STATISTICS[statistic]([common.to_numpy()])
-        every = (k % 3, max(1, len(common) // 8))
+        every = (min(k % 3, len(common) - 1), max(1, len(common) // 8))
         axis.plot(common.index, of_seeds, **style, linewidth=1.2, markersize=2.5, markevery=every)
         low, high = np.transpose([interval([row], statistic) for row in common.to_numpy()])
         axis.fill_between(common.index, low, high, color=style["color"], alpha=0.18, linewidth=0)  # not where NaN
@@ -124,7 +126,7 @@ def draw_curves(frame, names, statistic):
         if task in at_random:
             axis.axhline(at_random[task], zorder=1, **random_style)
         draw_task(axis, frame[(frame["task"] == task) & (frame["env_step"] <= end)], styles, statistic)
-    axes[0, 0].set(xlim=(0, max(1, end) * 1.02), ylim=(-20, 1020), yticks=range(0, 1001, 250))
+    axes[0, 0].set(xlim=(0, max(1000, end) * 1.02), ylim=(-20, 1020), yticks=range(0, 1001, 250))
     axes[0, 0].xaxis.set_major_formatter(EngFormatter(sep=""))
     handles = [
         Line2D([], [], **style, markersize=3, label=legend_label(frame, curve)) for curve, style in styles.items()

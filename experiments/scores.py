@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from command_line import parse_flags
+from command_line import parse_flags, shorten
 from config import TASK_TABLE, UNCHANGING, Config, complete
 from endings import Refused
 from storage.run_folder import find_runs, load_args, load_rows, load_state
@@ -189,11 +189,11 @@ def with_curves(frame, hue):
     frame = frame.assign(curve=label.where(values.notna().all(axis=1), frame["agent"]))
     if all(pd.api.types.is_numeric_dtype(values[name]) for name in names):
         frame = frame.loc[values.sort_values(names, kind="stable").index]
-    for (curve, task, seed), part in frame.groupby(["curve", "task", "seed"], sort=False):
+    for (_, task, seed), part in frame.groupby(["curve", "task", "seed"], sort=False):
         if part["run"].nunique() > 1 or part["env_step"].duplicated().any():
             two = " and ".join(part["run"].unique()[:2])
-            why = f"has seed {seed} twice; add a flag to --hue or leave out a path: {two}"
-            raise Refused(f"--hue {','.join(names)}: {curve} on {task} {why}")
+            right = "add a flag to --hue or leave out a path"
+            raise Refused(f"--hue {shorten(','.join(names))}: a curve has seed {seed} on {task} twice; {right}: {two}")
     return frame, names
 
 
@@ -249,6 +249,12 @@ def warnings_about(frame, names):
         if values.nunique() > 1:
             shown = (f"{curve} {', '.join(str(value)[:12] for value in made)}" for curve, made in values.items())
             yield f"curves differ in {name.removeprefix('made_with ')}: {'; '.join(shown)}"
+    for name in ("eval_freq", "num_eval_episodes"):
+        for task, part in frame.groupby("task", sort=False) if name in frame and name not in names else ():
+            values = part.dropna(subset=name).groupby("curve", sort=False)[name].unique()
+            if values.explode().nunique() > 1:
+                shown = (f"{curve} {', '.join(map(str, of_curve))}" for curve, of_curve in values.items())
+                yield f"outcomes on {task} do not compare: curves differ in {name}: {'; '.join(shown)}"
     flags = [name for name in ("task", "agent", *METHOD) if name in frame and name not in BUDGET]
     for _, part in frame[frame["state"] != "published"].groupby(flags, sort=False, dropna=False):
         if len(twins := part["curve"].unique()) > 1:

@@ -78,7 +78,8 @@ def table_cells(frame, steps):
             if returns and task != ALL:
                 cells[-1]["std"] = pd.Series(returns[0]).std()
         if measure == "last":
-            known = published[(published["task"] == task) & published["env_step"].isin([0, step])]  # 0: random policy
+            steps_known = [step] + [0] * (task in scores.random_returns(frame))  # 0: the random policy
+            known = published[(published["task"] == task) & published["env_step"].isin(steps_known)]
             cells += known.assign(**row).to_dict("records")
     return pd.DataFrame(cells, columns=[*TABLE, "returns"]).astype({"n": "Int64"})
 

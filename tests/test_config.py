@@ -117,8 +117,10 @@ def test_tasks_outside_the_table_and_other_repeats():
         ("--num_train_steps 1100 --batch_size 1200", "--batch_size 1200: must not exceed what the replay can hold"),
         ("--num_train_steps 500", "--init_steps 1000: must be below --num_train_steps 500, or nothing is trained"),
         ("--num_train_steps 0", "--num_train_steps 0: must be at least 1"),
-        ("--run_dir=", "--run_dir : an empty name; must be a folder"),
-        ("--work_dir=", "--work_dir : an empty name; must be a folder"),
+        ("--run_dir=", "--run_dir : must not be empty"),
+        ("--seed=", "--seed : must not be empty"),
+        ("--save_tb true", "--save_tb true: takes no value; --save_tb switches it on, --no_save_tb off"),
+        ("--env_worker=False", "--env_worker False: takes no value; --env_worker switches it on, --no_env_worker off"),
     ],
 )
 def test_bad_values(flags, line):

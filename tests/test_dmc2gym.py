@@ -179,8 +179,17 @@ def test_no_usable_backend_names_the_packages(monkeypatch):
         rendering.select_gl_backend()
     assert str(error.value) == (
         "MUJOCO_GL is not set, tried egl, osmesa: cannot render; install the Debian packages "
-        "libegl1 libgl1-mesa-dri (egl) or libosmesa6 (osmesa)"
+        "libegl1 libopengl0 libgl1-mesa-dri (egl) or libosmesa6 (osmesa)"
     )
+
+
+@pytest.mark.parametrize("task", ["dog-fetch", "quadruped-walk"])
+def test_the_usual_camera_shows_the_body(task):
+    env = dmc2gym.make(*task.split("-"), seed=1, from_pixels=True)
+    env.reset()
+    number, kind = np.moveaxis(env.physics.render(84, 84, env._camera_id, segmentation=True), -1, 0)
+    planes = np.flatnonzero(env.physics.model.geom_type == 0)
+    assert ((number != -1) & ~((kind == 5) & np.isin(number, planes))).sum() > 100  # 5: a geom, not the dog's skin
 
 
 @pytest.mark.parametrize(

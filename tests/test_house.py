@@ -78,7 +78,7 @@ def test_packages_are_pinned_and_used():
     used = {name.split(".")[0] for path in FILES.values() for name in imports(path)}
     used -= {name.split(".")[0] for name in FILES} | set(sys.stdlib_module_names)
     modules = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}
-    needed_by_others = {"mujoco"}  # pinned for dm_control
+    needed_by_others = {"mujoco", "PyOpenGL"}  # pinned for dm_control; OpenGL is imported in rendering.py's processes
     optional = {"wandb"}
     assert {modules.get(name, name) for name in used - optional} == listed - needed_by_others
 

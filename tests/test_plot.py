@@ -21,6 +21,7 @@ import plot
 from config import Config, complete, parse
 from endings import Refused
 from experiments import figures, scores
+from experiments.tables import table_cells
 
 ROOT = pathlib.Path(__file__).parent.parent
 MADE_WITH = {"versions": {"torch": "2.13.0", "numpy": "2.2.6"}, "device_used": "cpu", "git_commit": "a" * 40}
@@ -75,6 +76,26 @@ def labels_of(figure):
     return [text.get_text().replace("\xa0", " ").replace("\n", " ") for text in figure.legends[0].get_texts()]
 
 
+def test_a_curve_of_one_evaluation_is_seen(tmp_path):
+    """As a sweep begins: one marker per curve, on an axis in whole steps."""
+    for agent in ("cody_sac", "sac", "sac_ae"):
+        make_run(tmp_path / agent, f"--agent {agent}", [10.0])
+    axis = figures.draw_curves(*frame_of(tmp_path), "mean").axes[0]
+    assert [line.get_markevery()[0] for line in axis.lines if line.get_marker() != "None"] == [0, 0, 0]
+    assert axis.get_xlim()[1] >= 1000
+
+
+def test_outcomes_of_other_evaluations_do_not_compare(tmp_path):
+    make_run(tmp_path / "a", "--agent sac", noisy(1))
+    make_run(tmp_path / "b", "--eval_freq 6250 --num_eval_episodes 1", [0.0, 400.0, 800.0])
+    frame, names = frame_of(tmp_path)
+    said = [line for line in scores.warnings_about(frame, names) if line.startswith("outcomes on cartpole-swingup")]
+    assert [line.split("differ in ")[1] for line in said] == [
+        "eval_freq: sac 1250; cody_sac 6250",
+        "num_eval_episodes: sac 10; cody_sac 1",
+    ]
+
+
 def test_the_random_policy_has_the_task_tables_action_repeat(tmp_path):
     """At another it has another return (cartpole swingup 131 at 8, about 40 at 2), so none is shown or used."""
     for repeat, known in ((8, True), (4, False)):
@@ -82,6 +103,8 @@ def test_the_random_policy_has_the_task_tables_action_repeat(tmp_path):
         frame, names = frame_of(tmp_path / f"{repeat}")
         labels = labels_of(figures.draw_curves(frame, names, "mean"))
         assert (len(scores.random_returns(frame)), "uniformly random policy" in labels) == (6 if known else 5, known)
+        methods = table_cells(frame, [10_000])["method"]
+        assert ("random policy" in set(methods)) == known
 
 
 def test_curves_of_a_sweep(sweep, call):
@@ -461,7 +484,7 @@ def test_hue(tmp_path):
     ]
     figure = plot.draw_curves(frame, names, "mean")
     assert figure.legends[0].get_title().get_text() == "batch_size, omega_cody_loss"
-    with pytest.raises(Refused, match="--hue batch_size: 64 on cartpole-swingup has seed 1 twice; add a flag"):
+    with pytest.raises(Refused, match="--hue batch_size: a curve has seed 1 on cartpole-swingup twice; add a flag"):
         frame_of(tmp_path, hue="batch_size")
 
 
@@ -586,11 +609,11 @@ def test_imports_without_torch():
         ("{plain} --hue variant", "--hue variant: not all runs are in <variant>/<task>/s<seed>"),
         (
             "{sweep} --hue kl_prior",
-            "--hue kl_prior: learned on cartpole-swingup has seed 1 twice; add a flag to --hue or leave out a path: ",
+            "--hue kl_prior: a curve has seed 1 on cartpole-swingup twice; add a flag to --hue or leave out a path: ",
         ),
         (
             "{sweep} {sweep}/cody",
-            "--hue variant: cody on cartpole-swingup has seed 1 twice; add a flag to --hue or leave out a path: ",
+            "--hue variant: a curve has seed 1 on cartpole-swingup twice; add a flag to --hue or leave out a path: ",
         ),
         (
             "{sweep} --statistic median",

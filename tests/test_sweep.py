@@ -199,7 +199,9 @@ def test_shipped_variants(here, call, file):
     [
         ("", "needs one of --name, --resume and --status"),
         ("--name a --status b", "needs one of --name, --resume and --status"),
-        ("--name=", "--name : must be a single folder's name"),
+        ("--name=", "--name : must not be empty"),
+        ("--status=", "--status : must not be empty"),
+        ("--name a --work_dir= ", "--work_dir : must not be empty"),
         ("--status b --jobs 2", "--jobs: has no effect with --status"),
         ("--resume b --variant x:", "--variant: has no effect with --resume"),
         ("--name a --runs_per_job 2", "--runs_per_job, --slurm_script: have no effect without --slurm"),

@@ -704,6 +704,6 @@ def test_an_interrupted_run_resumes(trained, tmp_path, call, sent, code, line):
     assert_same_logs(folder, trained[0])
     assert json.loads((folder / "run.json").read_text())["state"] == "finished"
     # the files that it no longer needs are gone
-    assert [p.name for p in (folder / "model").iterdir()] == ["36.pt"] and not list((folder / "checkpoint").iterdir())
+    assert [p.name for p in (folder / "model").iterdir()] == ["36.pt"] and not (folder / "checkpoint").exists()
     args = json.loads((folder / "args.json").read_text())
     assert len(args["continued"]) == 1 and args["save_tb"] and not args["env_worker"]
