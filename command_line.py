@@ -54,6 +54,7 @@ def _nested(flags, groups, default):
 def _check_words(flags, args) -> None:
     """Refuse unknown flags, empty or malformed values and invalid choices before tyro prints its box."""
     types = {f"--{field.name}": field.type for field in dataclasses.fields(flags)}
+    may_be_empty = [f"--{field.name}" for field in dataclasses.fields(flags) if field.default == ""]
     known = [*types, *(f"--no_{flag[2:]}" for flag, type_ in types.items() if type_ is bool)]
     for i, word in enumerate(args):
         if word in ("-h", "--help"):
@@ -73,7 +74,7 @@ def _check_words(flags, args) -> None:
             if equals or value.lower() in ("true", "false", "1", "0"):
                 name = flag.removeprefix("--no_").removeprefix("--")
                 raise Refused(f"{flag} {shorten(value)}: takes no value; --{name} switches it on, --no_{name} off")
-        elif has_value and not value:  # such as an unset variable of the shell
+        elif has_value and not value and flag not in may_be_empty:  # such as an unset variable of the shell
             raise Refused(f"{flag} : must not be empty")
         if get_origin(types.get(flag)) is Literal and value not in kinds:
             raise Refused(f"{flag} {shorten(value)}: must be one of {', '.join(kinds)}")

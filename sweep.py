@@ -78,6 +78,7 @@ def parse_command(argv):
     if "--slurm" in own[:-1]:  # its value may look like a flag
         at = own.index("--slurm")
         own[at : at + 2] = [f"--slurm={own[at + 1]}"]
+    own = ["--slurm= " if word == "--slurm=" else word for word in own]  # no options but those in the script
     of_runs = {field.name for field in dataclasses.fields(Config)} | {"task"}
     for flag in (word.partition("=")[0] for word in own if word.startswith("--")):
         name = flag[2:].replace("-", "_").removeprefix("no_")

@@ -568,6 +568,13 @@ def slurm(call, rest):
     return call("sweep.py", f"--name a --slurm --time=1:00:00 {rest}")
 
 
+def test_all_options_in_the_script(here, call, cluster, monkeypatch):
+    words = ["sweep.py", "--name", "a", "--slurm", "", "--", "--seed", "0"]
+    monkeypatch.setattr(sys, "argv", words)
+    sweep.main()
+    assert "#SBATCH --array=0-0\n" in (cluster / "script").read_text()
+
+
 def test_a_job_id_that_is_now_another_jobs(here, call, cluster):
     assert slurm(call, "-- --seed 0,1").returncode == 0
     (cluster / "queue").write_text("N/A\n7\n1\n")
