@@ -164,9 +164,8 @@ class Run:
         except FloatingPointError as error:
             ending = self.logger.explain(error)
         except RuntimeError as error:
-            if not re.search(
-                "out of memory|allocate memory", str(error)
-            ):  # CUDA's OutOfMemoryError, the CPU's allocator
+            # of CUDA, or of the CPU's allocator, whose error has no class of its own
+            if not re.search("out of memory|allocate memory", str(error)):
                 raise
             less = "reduce memory with a smaller --batch_size, fewer parallel runs or --replay_device cpu"
             ending = Ending(f"{str(error).rpartition('Allocator: ')[2].split('. ')[0]}; {less}")

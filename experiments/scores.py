@@ -249,8 +249,8 @@ def warnings_about(frame, names):
         if values.nunique() > 1:
             shown = (f"{curve} {', '.join(str(value)[:12] for value in made)}" for curve, made in values.items())
             yield f"curves differ in {name.removeprefix('made_with ')}: {'; '.join(shown)}"
-    for name in ("eval_freq", "num_eval_episodes"):
-        for task, part in frame.groupby("task", sort=False) if name in frame and name not in names else ():
+    for name in [name for name in ("eval_freq", "num_eval_episodes") if name in compared]:
+        for task, part in frame.groupby("task", sort=False):
             values = part.dropna(subset=name).groupby("curve", sort=False)[name].unique()
             if values.explode().nunique() > 1:
                 shown = (f"{curve} {', '.join(map(str, of_curve))}" for curve, of_curve in values.items())
