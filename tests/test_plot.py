@@ -559,7 +559,8 @@ def test_diagnostics(tmp_path, call):
 def test_the_runs_of_this_repository(tmp_path, call):
     result = call("plot.py", f"{ROOT}/results/100k --table --out {tmp_path}/t")
     assert result.returncode == 0, result.stderr
-    last, half = table_of(tmp_path / "t.md")
+    rows = {(row["task"], row["measure"]): row for row in table_of(tmp_path / "t.md")}
+    last, half = (rows["cartpole-swingup", measure] for measure in ("last", "outcome"))
     logs = [log.read_text() for log in (ROOT / "results/100k/strided/cartpole-swingup").glob("s*/eval.log")]
     returns = [[json.loads(line)["episode_reward"] for line in log.splitlines()] for log in logs]
     assert last["env steps"] == "100,000" and last["strided"].split()[-1] == f"({len(logs)})"
