@@ -37,7 +37,7 @@ class TaskFlags:
     task_name: str = "swingup"
     """Task of that domain."""
     action_repeat: int | None = None
-    """Physics control steps per decision. None: the task table's value, else 1."""
+    """Environment steps per decision. None: the task table's value, else 1."""
     frame_stack: int | None = None
     """Frames in one observation. None: 3, or 1 with --encoder_type identity."""
     image_size: int = 84
@@ -51,7 +51,7 @@ class TaskFlags:
     """none: the task's own floor and sky; moving: discs over a drifting texture; or a folder of videos or pictures, see
     docs/backgrounds.md."""
     eval_background: str | None = None
-    """Background of evaluations: train or test, a split of --background, or none, moving or another folder. None:
+    """Background of evaluations: train or test (a split of --background), none, moving or another folder. If not given:
     test."""
     background_frames: int = 1_000
     """Maximum number of frames to decode from a folder, per split."""
@@ -72,11 +72,12 @@ class TrainingFlags:
     num_train_steps: int | None = None
     """Decisions in the run. None: the task table's value, else 500,000 environment steps."""
     init_steps: int = 1_000
-    """Decisions taken uniformly at random before the first update."""
+    """Decisions with uniformly random actions before the first update."""
     updates_per_step: int = 1
     """Gradient updates per decision."""
     batch_size: int = 256
-    """Pairs of consecutive transitions per update. Released: README 256, train.sh 512, default 32."""
+    """Pairs of consecutive transitions per update. The released code has 256 in its README, 512 in train.sh, 32 as its
+    default."""
     replay_buffer_capacity: int = 100_000
     """Capacity of the replay buffer in transitions."""
     eval_freq: int | None = None
@@ -97,11 +98,12 @@ class SpeedFlags:
     """Precision of the encoder's convolutions; tf32 (on CUDA) of all convolutions and matrix products. Parameters and
     losses are float32."""
     deterministic: bool = False
-    """Use deterministic kernels on CUDA, so that equal runs give equal bits; slower. A CPU run has them anyway."""
+    """Use deterministic, slower kernels on CUDA, so that a repeated run is bit-identical. CPU runs always are."""
     compile: bool = False
     """Use torch.compile for the networks, with CUDA graphs on CUDA; the first updates are slow."""
     replay_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device that stores the replay's frames; auto is the networks' device if they fit in half its free memory."""
+    """Device that stores the replay's frames; auto is the networks' device if the raw frames fit in half of its free
+    memory, else the CPU."""
     replay_storage: Literal["auto", "raw", "lz4"] = "auto"
     """Storage of the replay's frames: raw, or LZ4-compressed to between 1/20 and 1/2 of the size, depending on the
     task, at a small cost per update. auto: raw if they fit in half of the free memory or have a background, which
@@ -155,8 +157,8 @@ class EncoderFlags:
     """The encoder, shared by SAC and the auxiliary task."""
 
     encoder_type: Literal["pixel", "protorl", "identity"] = "pixel"
-    """pixel: convs, linear, LayerNorm. protorl: pixels minus 1/2, a linear latent; actor and critic apply LayerNorm and
-    tanh. identity: train from the task's state instead of pixels."""
+    """pixel: convs, linear, LayerNorm. protorl: pixels / 255 - 1/2, a linear latent, LayerNorm and tanh in actor and
+    critic. identity: train from the task's state instead of pixels."""
     encoder_feature_dim: int = 50
     """Dimension d of the latent."""
     encoder_lr: float = 1e-3
@@ -186,11 +188,11 @@ class CoDyFlags:
     cody_max_grad_norm: float | None = None
     """Maximum norm of the gradient of CoDy's loss. None: no clipping."""
     cody_grad_ratio: float | None = None
-    """Joint mode: rescale CoDy's gradient at the latent, per batch, to this multiple of the critic's. None: no
-    rescaling; the ratio is then about 0.01 late in a run."""
+    """Joint mode: rescale CoDy's gradient at the latent, in each batch, to this multiple of the norm of the critic's.
+    None: no rescaling; CoDy's is then about 0.01 of the critic's late in a run."""
     omega_cody_loss: float = 1e-3
-    """Weight omega of the KL term (in the published objective, of its second term); 0 still computes and logs it.
-    Released: README and default 0.001, train.sh 0.01."""
+    """Weight omega of the KL term (in the published objective, of its second term); 0 still computes and logs it. The
+    released code has 0.001 in its README and as its default, 0.01 in train.sh."""
     cody_objective: Literal["dynamics_kl", "published"] = "dynamics_kl"
     """InfoNCE with the KL term, or the three-term loss of the 2022 paper."""
     beta_cody_loss: float = 1.0
@@ -206,7 +208,8 @@ class CoDyFlags:
     reward_prediction: Literal["contrastive", "regression", "none"] = "contrastive"
     """contrastive: the reward is part of the key. regression: a head predicts it (squared error). none: not at all."""
     reward_norm: Literal["per_step", "symmetric", "none"] = "per_step"
-    """Scale of the reward that CoDy predicts: per physics step, the same mapped from [0, 1] to [-1, 1], or the sum."""
+    """Scale of the reward that CoDy predicts: mean per environment step, the same mapped from [0, 1] to [-1, 1], or the
+    sum over the decision."""
     action_encoder: bool = False
     """Encode actions (|A| to 512 to 16, LayerNorm) before posterior and prior."""
     projection: Literal["mlp", "linear", "none"] = "mlp"
@@ -238,9 +241,10 @@ class OutputFlags:
     run_dir: str | None = None
     """Folder for this run; if it already holds a run, resume it with its flags. None: a new one in work_dir."""
     checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints, from which an interrupted run resumes; also after an evaluation, if cheap."""
+    """Minutes between checkpoints, from which an interrupted run resumes. If saving is cheap, each evaluation is
+    followed by one too."""
     keep_checkpoint: bool = False
-    """Keep optimizers and replay after the run, to train on with a larger num_train_steps or to read the data."""
+    """Keep optimizers and replay after the run, to continue it with a larger num_train_steps or to read the data."""
     log_interval: int = 100
     """Decisions between reads of the training metrics from the device."""
     divergence_factor: float = 10.0
@@ -254,7 +258,7 @@ class OutputFlags:
     save_video: bool = False
     """Write an mp4 of the first episode of each evaluation to video/."""
     save_model: bool = False
-    """Write the networks to model/ at each evaluation; evaluate.py reads them."""
+    """Write the networks to model/ at each evaluation, not only at the end; evaluate.py reads them."""
 
 
 # --help shows each base class as a group; the last comes first, in Python's order of inheritance
