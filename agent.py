@@ -8,12 +8,15 @@ import torch
 from augment import center_crop, random_crop, random_shift
 from cody import CoDy, PublishedCoDy
 from decoder import Reconstruction
-from endings import Refused
+from endings import Refused, out_of_memory
 from sac import SAC
 
 
 def make_agent(config, obs_shape, action_dim, device):
-    """The agent for the environment's `obs_shape`, (C, H, W), or (n,) for states; `Refused` if it needs more memory."""
+    """The agent for the environment's `obs_shape`, (C, H, W), or (n,) for states.
+
+    Raises `Refused` if its networks do not fit in the device's memory.
+    """
     augment = crop = _unchanged
     if config.encoder_type != "identity":
         size = config.image_size
@@ -40,7 +43,7 @@ def make_agent(config, obs_shape, action_dim, device):
     try:
         return SAC(config, obs_shape, action_dim, make_auxiliary, augment, crop, device)
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not out_of_memory(error):
             raise
         sizes = f"--hidden_dim {config.hidden_dim} --num_filters {config.num_filters}"
         raise Refused(f"{sizes}: the networks do not fit in the memory of {device}") from None

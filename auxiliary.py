@@ -11,7 +11,7 @@ class AuxiliaryTask(nn.Module):
     `lr` is the learning rate of the task's own parameters, `encoder_lr` the encoder's in the task's step.
     """
 
-    augmented = {}  # field of Batch -> the field that it augments, in addition to `obs` and `next_obs`
+    augmented = {}  # {another augmented field of Batch: the field with its images}, besides `obs` and `next_obs`
     update_freq = 1  # updates between the task's steps
     weight_decay, beta2 = 0, 0.999  # of Adam
     warmup_updates = 0  # updates of linear warm-up of the step's size

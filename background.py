@@ -24,7 +24,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 SPLITS = ("train", "test")
 CLIP_FRAMES = 50  # a clip's least share of the frames, so that many long videos do not become stills
 TEST_EVERY = 4  # every fourth clip is for tests, in a folder without train/ and test/
-BARE = {"shadow": False, "reflection": False, "skybox": False}  # not drawn: they fall on what is masked
+BARE = {"shadow": False, "reflection": False, "skybox": False}  # not drawn: the background hides them
 PLANE, GEOM, NOTHING = 0, 5, -1  # MuJoCo's mjGEOM_PLANE and mjOBJ_GEOM; no object in a segmentation
 
 
@@ -138,11 +138,11 @@ class Films:
             digest.update(decoded)
             left -= len(decoded)
         if not self.lengths:
-            raise Refused(f"--{flag} {folder}: no videos or pictures to {split} with, but {_listed(failed)}")
+            raise Refused(f"--{flag} {folder}: none of the files to {split} with can be decoded: {_listed(failed)}")
         for names, what in (
-            (failed, "left out, no video or picture"),
+            (failed, "left out, cannot be decoded"),
             (enlarged, f"enlarged to {size}x{size}"),
-            (unused, f"not used, since --background_frames {frames} end before"),
+            (unused, f"not used, beyond --background_frames {frames}"),
         ):
             if names:
                 print(f"warning: --{flag} {folder}: {what}: {_listed(names)}", flush=True)
@@ -232,7 +232,7 @@ def find_split(flag, folder, split):
         names = [name for i, name in enumerate(clips) if (i % TEST_EVERY == TEST_EVERY - 1) == (split == "test")]
         clips = {name: clips[name] for name in names}
     if not clips:
-        right = f"needs folders train/ and test/, or {TEST_EVERY} clips, of which the last is for tests"
+        right = f"needs folders train/ and test/, or {TEST_EVERY} clips or more (every fourth is for tests)"
         raise Refused(f"--{flag} {folder}: no clips for tests; {right}")
     return clips, others
 

@@ -38,7 +38,7 @@ class GaussianDynamics(nn.Module):
 
 
 def action_code(action_dim):
-    """Action encoder u(a): (B, |A|) -> (B, CODE_DIM)."""
+    """Action encoder: (B, |A|) -> (B, CODE_DIM)."""
     return nn.Sequential(*mlp(action_dim, 512, CODE_DIM, hidden_layers=1), nn.LayerNorm(CODE_DIM))
 
 
@@ -50,7 +50,7 @@ def kl_divergence(mu_p, log_std_p, mu_q, log_std_q):
 
 
 def contrastive_logits(query, W, key):
-    """query W key^T, minus the row maximum for stability: (B, n), (n, m), (B, m) -> (B, B)."""
+    """query W key^T minus the row maximum, which shifts no loss: (B, n), (n, m), (B, m) -> (B, B)."""
     logits = query @ W @ key.T
     return logits - logits.max(dim=1, keepdim=True).values
 

@@ -75,7 +75,7 @@ def _check_words(flags, args) -> None:
                 name = flag.removeprefix("--no_").removeprefix("--")
                 raise Refused(f"{flag} {shorten(value)}: takes no value; --{name} switches it on, --no_{name} off")
         elif has_value and not value and flag not in may_be_empty:  # such as an unset variable of the shell
-            raise Refused(f"{flag} : must not be empty")
+            raise Refused(f"{flag}: must not be empty")
         if get_origin(types.get(flag)) is Literal and value not in kinds:
             raise Refused(f"{flag} {shorten(value)}: must be one of {', '.join(kinds)}")
         for number, right in ((int, "a whole number"), (float, "a number")):

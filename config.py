@@ -170,7 +170,7 @@ class EncoderFlags:
     num_strided_layers: int = 1
     """Number of leading convolutions with stride 2; 2 halves the cost of an update."""
     conv_init: Literal["delta_orthogonal", "orthogonal"] = "delta_orthogonal"
-    """Initialization of the encoder's convolutions: orthogonal at the kernel's centre, or over the whole kernel."""
+    """Initialisation of the encoder's convolutions: orthogonal at the kernel's centre, or over the whole kernel."""
     num_filters: int = 32
     """Filters per convolution."""
 
@@ -292,7 +292,7 @@ def complete(config: Config) -> Config:
 
 
 # may change when a run resumes: they affect no result, or only rounding
-UNCHANGING = (
+NO_EFFECT_ON_RESULTS = (
     "device compile replay_device replay_storage env_worker work_dir run_dir log_interval divergence_factor save_tb "
     "tb_media wandb save_video save_model checkpoint_minutes keep_checkpoint"
 ).split()
@@ -312,7 +312,7 @@ NOT_NEGATIVE = (
     "omega_cody_loss beta_cody_loss decoder_latent_lambda decoder_weight_lambda cody_warmup_updates"
 ).split()
 
-VARIANTS = (
+DYNAMICS_KL = (
     "kl_prior kl_encoder key_encoder dynamics_layer_norm reward_prediction reward_norm action_encoder projection "
     "predictor_layers"
 ).split()
@@ -367,8 +367,6 @@ def _relations(c: Config):
     steps, capacity = c.num_train_steps, c.replay_buffer_capacity
     right = f"must be below --num_train_steps {steps}, or nothing is trained"
     yield c.init_steps < steps, "init_steps", right
-    for limit, most in (("replay_buffer_capacity", capacity), ("num_train_steps", steps)):
-        yield c.batch_size <= most, "batch_size", f"must not exceed what the replay can hold, --{limit} {most}"
     right = f"must be at least {c.frame_stack + 5}, to hold a pair of transitions with --frame_stack {c.frame_stack}"
     yield capacity >= c.frame_stack + 5, "replay_buffer_capacity", right
 
@@ -387,7 +385,7 @@ def _combinations(c: Config):
         (["camera_id"], "--encoder_type pixel or protorl, or --save_video", pixels or c.save_video),
         (["cody_grad_ratio"], "--update_mode joint", c.update_mode == "joint"),
         (["encoder_lr"], "--agent cody_sac, --agent sac_ae or --update_mode joint", steps_encoder),
-        (VARIANTS, "--cody_objective dynamics_kl", c.cody_objective == "dynamics_kl"),
+        (DYNAMICS_KL, "--cody_objective dynamics_kl", c.cody_objective == "dynamics_kl"),
         (["beta_cody_loss"], "--cody_objective published", c.cody_objective == "published"),
         (["omega_cody_loss"], "a --kl_prior", c.kl_prior != "none"),
         (["kl_encoder"], "--kl_prior learned or shared", c.kl_prior in ("learned", "shared")),

@@ -15,10 +15,10 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.hparams import summary_v2 as hp
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from config import UNCHANGING
+from config import NO_EFFECT_ON_RESULTS
 from storage.run_folder import run_id, sync, write_whole
 
-# TensorBoard sorts groups by name: charts, losses, metrics, speed, then the slow visual and weights
+# TensorBoard sorts groups by name: charts, losses, metrics, speed, and last visual and weights, which load slowly
 CHARTS = ("eval_episode_reward", "train_episode_reward", "mi_bound", "kl")
 SPEED = ("duration", "eval_duration", "decisions_per_s", "updates_per_s", "wall_seconds")
 WANDB_SECONDS = 20  # limit for uploads at a run's end; a cluster may kill a job after 30
@@ -160,7 +160,7 @@ def _open_wandb(folder, config):
 
 def hparams(config, row):
     """Summary of the flags that affect results, for the run's own events; the table sorts its rows by `row`."""
-    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in UNCHANGING}
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in NO_EFFECT_ON_RESULTS}
     return hp.hparams_pb({name: "None" if value is None else value for name, value in flags.items()}, row)
 
 

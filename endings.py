@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 
@@ -54,6 +55,17 @@ class RunEnded(Ending):
     """The run ended, in this process or an earlier one; the line names its folder."""
 
     form = "{line}"
+
+
+def out_of_memory(error):
+    """The `Ending` of a RuntimeError by which PyTorch reports a failed allocation; None for any other.
+
+    The CPU's allocator has no class of its own for it; an illegal memory access on CUDA is another error.
+    """
+    if not re.search("out of memory|allocate memory", str(error)):
+        return None
+    less = "reduce memory with a smaller --batch_size, fewer parallel runs or --replay_device cpu"
+    return Ending(f"{str(error).rpartition('Allocator: ')[2].split('. ')[0]}; {less}")
 
 
 # exceptions that a command's main handles; all others are bugs and keep their traceback

@@ -199,9 +199,9 @@ class WorkerEnv(Restorable):
 
 def work(pipe):
     """Worker loop: make the environment from the first message, then answer messages until the caller is gone."""
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, ConnectionError):
         arguments = pipe.recv()
-        importlib.import_module("dm_control.suite")  # with the backend chosen by the caller
+        importlib.import_module("dm_control.suite")  # with the rendering backend that the caller has chosen
         try:
             env = SerialEnv(*arguments)
             while True:

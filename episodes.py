@@ -12,9 +12,9 @@ def evaluate(envs, agent, num_episodes, seed, record_video, message, check=lambd
     """Run `num_episodes` episodes with the mean action; return their returns (floats) and the first one's frames.
 
     Episode i uses `seed` + i, so every evaluation of a run starts from the same initial states and a saved model
-    reproduces its logged returns, whatever the number of `envs`, which step in parallel.
-    The frames are a list of (256, 256, 3) uint8, empty without `record_video`. `message` prints a line
-    for the user; `check` is called at each decision and may raise.
+    reproduces its logged returns, whatever the number of `envs`, which step in parallel. The frames are a list of
+    (256, 256, 3) uint8, empty without `record_video`. `message` prints a line for the user; `check` is called at each
+    decision and may raise.
     """
     returns, frames, playing = [0.0] * num_episodes, [], []
     waiting = list(range(num_episodes))

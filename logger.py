@@ -39,7 +39,7 @@ TRAIN_COLUMNS = {
     "wall_seconds": "T",
 }
 EVAL_COLUMNS = {"episode": "E", "step": "S", "episode_reward": "R", "duration": "D"}
-MEDIAN_WINDOW = 20  # fetches in the running median of the divergence warning, which needs at least half of them
+MEDIAN_WINDOW = 20  # fetches in the running median; no divergence warning before half of them
 COLLAPSED = {"latent_std": 0.05, "latent_rank": 3}  # latents below either value have collapsed
 COLLAPSE_AFTER = 2_000  # updates; new encoders look collapsed, healthy runs stay above 0.3 and 17 from then on
 

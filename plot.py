@@ -87,8 +87,8 @@ def main():
     first = pathlib.Path(args.paths[0])
     frame, names = with_curves(read_scores(args.paths), args.hue)
     stem = args.out or str((first if first.is_dir() else first.parent) / kind)
-    endings = {"curves": (".png", ".pdf", ".csv"), "diagnostics": (".png", ".pdf"), "table": (".md", ".csv")}[kind]
-    paths = {ending: pathlib.Path(stem + ending) for ending in endings}
+    suffixes = {"curves": (".png", ".pdf", ".csv"), "diagnostics": (".png", ".pdf"), "table": (".md", ".csv")}[kind]
+    paths = {suffix: pathlib.Path(stem + suffix) for suffix in suffixes}
     check_writable("out", os.path.dirname(stem) or ".")
     for path in paths.values():
         check_replaceable(path, args.paths)
@@ -105,9 +105,9 @@ def main():
     else:
         cells = table_cells(frame, list(dict.fromkeys(args.table or [last_common_step(frame)])))
         files = {".md": markdown(cells).encode(), ".csv": cells[TABLE].to_csv(index=False).encode()}
-    for ending, path in paths.items():
+    for suffix, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file, content=files[ending]: file.write(content))
+        write_whole(path, lambda file, content=files[suffix]: file.write(content))
     print("\n".join([*lines, *map(str, paths.values())]), flush=True)
 
 

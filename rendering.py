@@ -71,7 +71,7 @@ def _draw_on_gpu():
 
 @functools.cache
 def egl_devices():
-    """CUDA's number, relative to CUDA_VISIBLE_DEVICES, of each EGL device; None for a device without one, as Mesa's."""
+    """CUDA's number, relative to CUDA_VISIBLE_DEVICES, of each EGL device; None for one without, such as Mesa's."""
     script = (
         "import ctypes, json, os\n"
         "os.environ.pop('MUJOCO_EGL_DEVICE_ID', None)\n"  # an invalid one fails the next import

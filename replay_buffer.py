@@ -19,7 +19,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from endings import Refused, Stopped, check_signals
+from endings import Refused, Stopped, check_signals, out_of_memory
 from machine import available_memory
 from storage import journal
 from storage.frames import PackedFrames, RawFrames, flat, to_device
@@ -27,7 +27,7 @@ from storage.run_folder import CHECKPOINT, load_config
 
 PACKED_BYTES = 5_000  # estimated size of a packed frame; cartpole has 1,600 and walker 11,000
 MEMORY_CHECK_FRAMES = 100  # frames between checks of the free memory
-NETWORK_BYTES, BYTES_PER_IMAGE = 500_000_000, 4_000_000  # of an update, rounded up from its memory on a CPU
+NETWORK_BYTES, BYTES_PER_IMAGE = 500_000_000, 4_000_000  # an update's on CUDA, rounded up from the CPU's
 RESERVE_BYTES = 200_000_000  # memory that must stay free
 
 
@@ -120,13 +120,13 @@ class ReplayBuffer:
     def sample(self, batch_size):
         """A `Batch` of pairs sampled uniformly, with replacement, from `legal_positions`; ValueError if it is empty."""
         # redrawing the few illegal positions costs the same at any buffer size; listing all legal ones does not
-        newest = max(self._stream, 1)
-        positions = self._rng.integers(self._oldest, newest, batch_size)
+        end = max(self._stream, 1)
+        positions = self._rng.integers(self._oldest, end, batch_size)
         for _ in range(20):
             illegal = ~self._is_legal(positions)
             if not illegal.any():
                 return self.gather(positions)
-            positions[illegal] = self._rng.integers(self._oldest, newest, illegal.sum())
+            positions[illegal] = self._rng.integers(self._oldest, end, illegal.sum())
         legal = self.legal_positions()
         if not len(legal):
             raise ValueError("the replay buffer holds no pair of consecutive transitions")
@@ -186,7 +186,9 @@ class ReplayBuffer:
         dtype = getattr(torch, self._dtype.name)
         try:
             return {"raw": RawFrames, "lz4": PackedFrames}[kind](self.slots, self._frame_shape, dtype, place)
-        except RuntimeError as error:  # torch raises it for a failed allocation
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             raise Refused(too_large) from error
 
     @property

@@ -81,7 +81,7 @@ class SAC(nn.Module):
             module.apply(weight_init)
         if config.conv_init == "orthogonal":
             self.encoder.apply(orthogonal_convs)
-        # copied after initialization, so that targets equal their online networks
+        # copied after initialisation, so that targets equal their online networks
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_entropy = -action_dim
@@ -276,8 +276,8 @@ class SAC(nn.Module):
     def _auxiliary_step(self, index, norm, *leaves):
         """Step the auxiliary task's optimizer, with the clip of its gradient and the warm-up of its rates.
 
-        The clip bounds the norm over all gradients of the task's loss: `norm`, over the optimizer's own parameters, and
-        the gradients of the `leaves`, which another optimizer applies. The warm-up scales the latter with the rates.
+        The clip bounds the norm of all gradients of the task's loss together: `norm` is that over the optimizer's
+        parameters; those of the `leaves` go on to the encoder's optimizer, so the warm-up scales them like a rate.
         """
         c, task, groups = self.config, self.auxiliary, self.auxiliary_optimizer.param_groups
         if task.max_grad_norm is not None:
@@ -312,7 +312,7 @@ class SAC(nn.Module):
         c = self.config
         shared = [] if joint else self._encoder_parameters
 
-        def adam(groups, lr=1e-3, beta=0.9, beta2=0.999):
+        def adam(groups, lr, beta=0.9, beta2=0.999):
             return torch.optim.Adam(groups, lr, (beta, beta2), fused=True)
 
         if joint:
@@ -325,7 +325,7 @@ class SAC(nn.Module):
             groups = [{"params": own, "lr": task.lr, "weight_decay": task.weight_decay}]
             if not joint:
                 groups.append({"params": shared, "lr": task.encoder_lr})
-            self.auxiliary_optimizer = adam(groups, beta2=task.beta2)
+            self.auxiliary_optimizer = adam(groups, task.lr, beta2=task.beta2)
             self._auxiliary_rates = [group["lr"] for group in groups]
 
     @property

@@ -27,7 +27,7 @@ import tyro
 from command_line import parse_flags, shorten
 from config import Config
 from endings import Refused
-from experiments.grid import HERE, command, is_over, locked, merge, plan, store
+from experiments.grid import HERE, is_over, locked, merge, plan, store, train_command
 from experiments.processes import Scheduler
 from experiments.slurm import submit
 from experiments.status import LossProofConsole, plural, run_status, status_table
@@ -119,7 +119,7 @@ def print_status(folder):
 
 def resumed(folder):
     """The runs of a sweep; in a job array, those of the element that the batch script names in SWEEP_ELEMENT."""
-    runs, jobs = load_sweep(folder).values()
+    runs, jobs = load_sweep(folder)
     if not runs:
         raise Refused(f"--resume {folder}: not the folder of a sweep")
     if "SWEEP_ELEMENT" not in os.environ:
@@ -154,12 +154,12 @@ def main():
     todo = [name for name, words in runs.items() if not is_over(folder / name, words)]
     if args.dry_run:
         for name in todo:
-            LossProofConsole().out(shlex.join(command(folder / name, runs[name])))
+            LossProofConsole().out(shlex.join(train_command(folder / name, runs[name])))
         print(f"{plural(len(todo), 'run')} to do, {len(runs) - len(todo)} over", file=sys.stderr)
         return
     if args.resume is None:
         with locked(folder):
-            store(folder, merge(folder, runs), load_sweep(folder)["jobs"])
+            store(folder, merge(folder, runs), load_sweep(folder)[1])
     sys.exit(Scheduler(folder, runs, todo, args.jobs or 1).run())
 
 

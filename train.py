@@ -16,11 +16,10 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import re
 import time
 
 from agent import make_agent
-from endings import Ending, RunEnded, Stopped, check_signals
+from endings import Ending, RunEnded, Stopped, check_signals, out_of_memory
 from env_worker import open_env, open_eval_envs
 from episodes import eval_seed, evaluate, summary
 from logger import Logger
@@ -69,7 +68,7 @@ class Run:
         obs = env.obs
 
         for step in range(progress.step, config.num_train_steps):
-            # try to evaluate
+            # evaluate
             if step % config.eval_freq == 0:
                 self.evaluate()
 
@@ -164,11 +163,8 @@ class Run:
         except FloatingPointError as error:
             ending = self.logger.explain(error)
         except RuntimeError as error:
-            # of CUDA, or of the CPU's allocator, whose error has no class of its own
-            if not re.search("out of memory|allocate memory", str(error)):
+            if not (ending := out_of_memory(error)):
                 raise
-            less = "reduce memory with a smaller --batch_size, fewer parallel runs or --replay_device cpu"
-            ending = Ending(f"{str(error).rpartition('Allocator: ')[2].split('. ')[0]}; {less}")
         except (Ending, OSError, MemoryError) as error:  # a dead worker, a full disk
             ending = error if isinstance(error, Ending) else Ending(error)
         with contextlib.suppress(OSError):

@@ -13,7 +13,7 @@ import background
 import dashboard
 import dmc2gym
 from command_line import shorten
-from config import UNCHANGING, Config, parse
+from config import NO_EFFECT_ON_RESULTS, Config, parse
 from endings import Refused, RunEnded
 from machine import check_machine, choose_device
 from storage.run_folder import check_writable, load_status, load_sweep, parse_run, write_json
@@ -106,9 +106,12 @@ def combinations(variants, grid):
 def as_flags(point):
     """{name: value} -> a list of command-line tokens for train.py."""
     if "task" in point:
-        domain, dash, task = (point.pop("task") or "").partition("-")
-        if not dash or {"domain_name", "task_name"} & set(point):
-            raise Refused(f"--task {domain}: must be domain-task, such as cartpole-swingup, in place of both flags")
+        value = point.pop("task") or ""
+        domain, dash, task = value.partition("-")
+        if not dash:
+            raise Refused(f"--task {value}: must be domain-task, such as cartpole-swingup")
+        if {"domain_name", "task_name"} & set(point):
+            raise Refused(f"--task {value}: not together with --domain_name or --task_name")
         point = {"domain_name": domain, "task_name": task, **point}
     if "save_tb" not in point and "no_save_tb" not in point:
         point["save_tb"] = None
@@ -154,8 +157,8 @@ def plan(args, flags, folder):
             uses_cuda = "cuda" in (config.device, config.replay_device) or config.precision == "tf32"
             if args.slurm is None and (uses_cuda or config.compile or config.wandb):
                 check_machine(config, choose_device(config.device))
-    for name, flags in load_sweep(folder)["runs"].items():
-        result = _result(parse(flags))
+    for name, words in load_sweep(folder)[0].items():
+        result = _result(parse(words))
         if result in runs:  # keep its old name, which is another if the earlier grid varied fewer flags
             runs[result] = (name, runs[result][1])
     names = [name for name, _ in runs.values()]
@@ -166,7 +169,7 @@ def plan(args, flags, folder):
 
 def _result(config):
     """The values of all flags that affect a run's result."""
-    return tuple(value for name, value in dataclasses.asdict(config).items() if name not in UNCHANGING)
+    return tuple(value for name, value in dataclasses.asdict(config).items() if name not in NO_EFFECT_ON_RESULTS)
 
 
 def is_over(path, flags):
@@ -185,7 +188,7 @@ def is_over(path, flags):
 
 def merge(folder, runs):
     """The runs of a command added to those in sweep.json; raises `Refused` if a run there has other flags."""
-    planned = load_sweep(folder)["runs"]
+    planned, _ = load_sweep(folder)
     for name, flags in runs.items():
         if planned.get(name, flags) == flags:
             continue
@@ -193,7 +196,7 @@ def merge(folder, runs):
         for flag, value in dataclasses.asdict(parse(flags)).items():
             old = getattr(before, flag)
             grows = flag == "num_train_steps" and value > old
-            if value != old and flag not in UNCHANGING and not grows:
+            if value != old and flag not in NO_EFFECT_ON_RESULTS and not grows:
                 right = f"{folder / name} was planned with {shorten(old)}; give the sweep another --name"
                 raise Refused(f"--{flag} {shorten(value)}: {right}")
     return planned | runs
@@ -219,6 +222,6 @@ def locked(folder):
         yield
 
 
-def command(path, flags):
+def train_command(path, flags):
     """The command that executes the run in folder `path`, a list of tokens."""
     return [sys.executable, str(HERE / "train.py"), *flags, "--run_dir", str(path)]

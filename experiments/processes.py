@@ -12,8 +12,8 @@ import time
 from rich.live import Live
 
 import endings
-from experiments.grid import command
-from experiments.status import STATES, LossProofConsole, hours, plural, return_text, run_status, status_table
+from experiments.grid import train_command
+from experiments.status import DISPLAY_ORDER, LossProofConsole, hours, plural, return_text, run_status, status_table
 from machine import available_cores
 from storage.run_folder import EXIT_CODE, OUTPUT, is_written, last_line, load_status, write_json
 
@@ -66,7 +66,7 @@ class Scheduler:
                 while self._step():
                     self._refresh()
                     # a small screen cuts off the end: the least urgent
-                    urgent_first = sorted(self._statuses.items(), key=lambda item: STATES.index(item[1].state))
+                    urgent_first = sorted(self._statuses.items(), key=lambda item: DISPLAY_ORDER.index(item[1].state))
                     screen.update(status_table(dict(urgent_first)), refresh=True)
                     time.sleep(POLL)
                     endings.check_signals()  # before _step() would restart a run that the same signal stopped
@@ -108,7 +108,7 @@ class Scheduler:
         path.mkdir(parents=True, exist_ok=True)
         with open(path / OUTPUT, "ab") as output:
             process = subprocess.Popen(
-                command(path, self._runs[name]),
+                train_command(path, self._runs[name]),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

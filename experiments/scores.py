@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from command_line import parse_flags, shorten
-from config import TASK_TABLE, UNCHANGING, Config, complete
+from config import NO_EFFECT_ON_RESULTS, TASK_TABLE, Config, complete
 from endings import Refused
 from storage.run_folder import find_runs, load_args, load_rows, load_state
 
@@ -24,7 +24,7 @@ MADE_BY = "plot.py of CoDy"  # marks the pictures and tables that plot.py may ov
 PUBLISHED = pathlib.Path(__file__).resolve().parent.parent / "results" / "published_scores.csv"
 EVALUATION = ["variant", "task", "agent", "seed", "step", "env_step", "episode_reward", "state"]  # columns of every CSV
 OWN_COLUMNS = {"domain_name", "task_name", "seed", "agent"}  # flags that EVALUATION covers
-METHOD = {f.name: f.default for f in dataclasses.fields(Config) if f.name not in {*UNCHANGING, *OWN_COLUMNS}}
+METHOD = {f.name: f.default for f in dataclasses.fields(Config) if f.name not in {*NO_EFFECT_ON_RESULTS, *OWN_COLUMNS}}
 BUDGET = {"num_train_steps", "eval_freq", "num_eval_episodes"}  # training and evaluation budget, not the method
 MADE_WITH = ["git_commit", "python", "device_used", "processor", "renderer"]  # args.json keys besides `versions`
 RESAMPLES = 20_000  # bootstrap draws: they fix an interval's ends to a fiftieth of the standard error

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from endings import Refused
-from experiments.grid import HERE, command, is_over, locked, merge, read_text, store
+from experiments.grid import HERE, is_over, locked, merge, read_text, store, train_command
 from experiments.status import plural
 from storage.run_folder import load_sweep
 
@@ -16,18 +16,20 @@ def submit(folder, runs, args):
     """Submit those of `runs` that are neither over nor queued; --dry_run prints them instead."""
     if not args.dry_run and not shutil.which("sbatch"):
         raise Refused("--slurm: sbatch not found; without --slurm the sweep runs on this machine")
-    script, elements = batch(folder, runs, load_sweep(folder)["jobs"], args)  # refuse before creating files
+    script, elements = batch(folder, runs, load_sweep(folder)[1], args)  # refuse before creating files
     if args.dry_run:
         if elements:
             print(script)
         for i, element in enumerate(elements):
-            print(f"# element {i}", *(shlex.join(command(folder / name, runs[name])) for name in element), sep="\n")
+            print(
+                f"# element {i}", *(shlex.join(train_command(folder / name, runs[name])) for name in element), sep="\n"
+            )
         over = len(runs) - sum(map(len, elements))
         print(f"{in_elements(elements)} to submit, {over} over or in the queue", file=sys.stderr)
         return
     is_new = not folder.exists()
     with locked(folder):
-        before, jobs = load_sweep(folder).values()
+        before, jobs = load_sweep(folder)
         everything = merge(folder, runs)
         script, elements = batch(folder, runs, jobs, args)  # another command may have submitted some meanwhile
         if elements:
@@ -98,7 +100,7 @@ def slurm(*words, input=None):
     try:
         done = subprocess.run(words, input=input, capture_output=True, text=True, env=environment)
     except FileNotFoundError:
-        raise Refused(f"--slurm: {words[0]} not found, and this sweep was submitted before") from None
+        raise Refused(f"--slurm: {words[0]} not found, which a sweep with submitted jobs needs") from None
     forgotten = words[0] == "squeue" and "Invalid job id" in done.stderr  # a job that ended long ago
     if done.returncode and not forgotten:
         lines = done.stderr.strip().splitlines() or [f"{words[0]} failed"]

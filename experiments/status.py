@@ -11,13 +11,13 @@ from rich.text import Text
 
 from storage.run_folder import last_line, load_args, load_rows, load_state, load_status
 
-STATES = ["running", "died", "stopped", "diverged", "waiting", "finished"]  # in display order
+DISPLAY_ORDER = ["running", "died", "stopped", "diverged", "waiting", "finished"]
 
 
 class RunStatus(NamedTuple):
     """The status of a run."""
 
-    state: str  # in STATES
+    state: str  # in DISPLAY_ORDER
     step: int  # decisions so far
     total: int | None  # decisions of the complete run
     last_return: float | None  # return of the last evaluation
@@ -34,9 +34,8 @@ def run_status(run):
     evaluations = load_rows(run, "eval.log") or [{"step": 0, "episode_reward": None}]
     step, total = max(recorded.get("step", 0), evaluations[-1]["step"]), args["num_train_steps"]
     seconds = None
-    timed = [row for row in load_rows(run, "train.log") if row["step"] > args["init_steps"] and "wall_seconds" in row][
-        -20:
-    ]
+    rows = [row for row in load_rows(run, "train.log") if row["step"] > args["init_steps"] and "wall_seconds" in row]
+    timed = rows[-20:]
     if state == "running" and len(timed) > 1:
         pace = (timed[-1]["wall_seconds"] - timed[0]["wall_seconds"]) / (timed[-1]["step"] - timed[0]["step"])
         seconds = pace * (total - step)

@@ -1,7 +1,7 @@
 """Saved models, which evaluate.py loads, and checkpoints, from which train.py resumes.
 
     model/<step>.pt                   the networks
-    checkpoint/<number>.json          the manifest: a checkpoint's files with their lengths and SHA-256 sums
+    checkpoint/<number>.json          the manifest: a checkpoint's files with their lengths and SHA-256 checksums
     checkpoint/<number>.pt            {part: its state_dict()}
     checkpoint/<position>.replay      the replay (see journal.py): append-only, shared by the checkpoints
 
@@ -20,7 +20,7 @@ import time
 
 import torch
 
-from endings import Refused
+from endings import Refused, out_of_memory
 from storage.run_folder import CHECKPOINT, write_json, write_whole
 
 CHECKPOINT_INTERVAL_RATIO = 50  # after an evaluation: minimum ratio of time since the last checkpoint to its duration
@@ -135,6 +135,8 @@ class Checkpoints:
                 for part, what in self._parts.items():
                     what.load_state_dict(state[part])
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                if ending := out_of_memory(error):
+                    raise ending from None
                 reason = (str(error).splitlines() or [""])[0][:80]
                 raise Refused(f"{self._folder}: made by another version of this code ({reason})") from None
             before, now = _flat(made_with), _flat(self._made_with)
@@ -148,16 +150,16 @@ class Checkpoints:
         return False
 
     def _read(self, number):
-        """({file name: [bytes, sum]}, made_with, {part: state}) of a checkpoint; `ValueError` if it is damaged."""
+        """({file name: [bytes, checksum]}, made_with, {part: state}) of a checkpoint; `ValueError` if it is damaged."""
         path = self._folder / f"{number:06d}.json"
         try:
             manifest = json.loads(path.read_text())
             if manifest.pop("sum") != _sum_of_json(manifest):
-                raise ValueError("its sum is wrong")
+                raise ValueError("checksum mismatch")
             for name, (size, expected) in manifest["files"].items():
                 path = self._folder / name
                 if _sum(path, size) != expected:
-                    raise ValueError("its sum is wrong")
+                    raise ValueError("checksum mismatch")
             path = self._folder / f"{number:06d}.pt"
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:

@@ -29,7 +29,7 @@ import time
 import endings
 import rendering
 from command_line import parse_flags, shorten
-from config import UNCHANGING, Config, check, complete
+from config import NO_EFFECT_ON_RESULTS, Config, check, complete
 from endings import Refused, RunEnded, signals_kept_from_children
 
 CHECKPOINT = "checkpoint"  # the folder's name
@@ -151,7 +151,7 @@ def keep_rows(run, name, last_step):
 
 
 def load_sweep(folder):
-    """sweep.json of a folder: `runs`, {the run's folder in it: flags, a list}, and `jobs`; both empty without the file.
+    """sweep.json of a folder: (runs, {a run's folder in it: list of flags}; list of jobs), both empty without the file.
 
     Raises `Refused` if the file cannot be read.
     """
@@ -159,9 +159,9 @@ def load_sweep(folder):
     try:
         content = json.loads(path.read_text())
         runs = {str(run["folder"]): list(run["flags"]) for run in content["runs"]}
-        return {"runs": runs, "jobs": [{**job, "elements": list(job["elements"])} for job in content.get("jobs", [])]}
+        return runs, [{**job, "elements": list(job["elements"])} for job in content.get("jobs", [])]
     except FileNotFoundError:
-        return {"runs": {}, "jobs": []}
+        return {}, []
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or f"not what sweep.py writes: {error}"
         raise Refused(f"{path}: cannot be read ({reason[:80]})") from None
@@ -183,7 +183,7 @@ def find_runs(folder):
         folders[:] = [] if "args.json" in files else sorted(folders)
         if "sweep.json" in files:
             try:
-                planned |= {pathlib.Path(place, name): flags for name, flags in load_sweep(place)["runs"].items()}
+                planned |= {pathlib.Path(place, name): flags for name, flags in load_sweep(place)[0].items()}
             except Refused as error:
                 print(f"warning: {error}", file=sys.stderr)
         if "args.json" in files:
@@ -234,7 +234,8 @@ def parse_run(args=None):
     """Command line of train.py -> (config, whether it resumes the run in --run_dir).
 
     A resumed run keeps its flags. A given flag that differs is refused, unless it does not affect results
-    (`config.UNCHANGING`) or is a larger --num_train_steps. Raises `Refused`, or `RunEnded` if the run there is over.
+    (`config.NO_EFFECT_ON_RESULTS`) or is a larger --num_train_steps. Raises `Refused`, or `RunEnded` if the run there
+    is over.
     """
     config = parse_flags(Config, args)
     if config.run_dir is None or not _holds_run(config.run_dir):
@@ -251,7 +252,7 @@ def parse_run(args=None):
     for field in dataclasses.fields(Config):
         old, new = getattr(before, field.name), getattr(config, field.name)
         grows = field.name == "num_train_steps" and new > old
-        if old != new and field.name not in UNCHANGING and not grows:
+        if old != new and field.name not in NO_EFFECT_ON_RESULTS and not grows:
             right = "it may only grow" if field.name == "num_train_steps" else "flags of an existing run cannot change"
             raise Refused(f"--{field.name} {shorten(new)}: the run has {shorten(old)} and {right}: {config.run_dir}")
     check(config)
@@ -288,8 +289,8 @@ def _holds_run(run_dir):
         raise Refused(f"--run_dir {run_dir}: {error.strerror}") from None
     if "args.json" in names:
         return True
-    # files of a run that was killed before it wrote args.json, and logs such as Slurm's --output
-    known = {"lock", "args.json.tmp", OUTPUT, EXIT_CODE, f"{EXIT_CODE}.tmp"}
+    # files of a run that ended before it wrote args.json, and logs such as Slurm's --output
+    known = {"lock", "args.json.tmp", "run.json", "run.json.tmp", OUTPUT, EXIT_CODE, f"{EXIT_CODE}.tmp"}
     for name in names:
         if name in ("train.log", "eval.log") or not (name in known or name.endswith((".log", ".out", ".err", ".txt"))):
             raise Refused(f"--run_dir {run_dir}: holds {name} and no run (no args.json); name a new or an empty folder")

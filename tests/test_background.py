@@ -229,7 +229,7 @@ def test_frames_are_shared_out(videos, tmp_path, capsys):
     assert len({film.sha256 for film in films}) == 5
     assert [film.lengths for film in films] == [[1], [1, 1], [1, 2], [1, 50, 49], [1, 132, 250]]
     (warning,) = capsys.readouterr().out.splitlines()[:1]
-    right = "not used, since --background_frames 1 end before: "
+    right = "not used, beyond --background_frames 1: "
     assert warning.startswith(f"warning: --background {tmp_path}/v: {right}") and warning.count(".mp4") == 2
 
 
@@ -304,7 +304,7 @@ def test_what_is_left_out_and_enlarged(videos, tmp_path, capfd):
     out = capfd.readouterr()
     warning = f"warning: --background {tmp_path}/v:"
     assert out.out.splitlines() == [
-        f"{warning} left out, no video or picture: notes.txt, broken.mp4",
+        f"{warning} left out, cannot be decoded: notes.txt, broken.mp4",
         f"{warning} enlarged to 300x300: bikes.mp4 (640x272)",
     ]
     assert not out.err
@@ -327,7 +327,7 @@ def test_bad_folders(tmp_path, photographs, videos, call):
         f"--background {tmp_path}/notes": "no videos or pictures in its train/, only notes.txt",
         f"--background {tmp_path}/few": "no clips for tests; needs folders train/ and test/, or 4 clips, of which",
         f"--background {tmp_path}/half": "no videos or pictures in its test/",
-        f"--background {tmp_path}/broken": "no videos or pictures to train with, but a.mp4, b.mp4, c.mp4",
+        f"--background {tmp_path}/broken": "none of the files to train with can be decoded: a.mp4, b.mp4, c.mp4",
         f"--background moving --eval_background {tmp_path}/empty": "no videos or pictures in it",
         "--background moving --agent sac --encoder_type identity": "has no effect without --encoder_type pixel",
         "--eval_background train": "is a split of --background, which is none",

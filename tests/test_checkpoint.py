@@ -11,7 +11,7 @@ from conftest import make_replay
 from test_replay_buffer import FRAME, Plain, assert_same_content, stream
 from test_train import on_a_full_disk
 
-from endings import Refused
+from endings import Ending, Refused
 from storage.checkpoint import Checkpoints
 
 
@@ -137,7 +137,7 @@ def test_a_changed_manifest(saved, tmp_path):
     path.write_text(text.replace('"numpy": "2"', '"numpy": "3"'))
     said = []
     assert text != path.read_text() and open_run(tmp_path / "run", said)[0].load()
-    assert said == [f"warning: {path}: damaged (its sum is wrong): resuming from the checkpoint before it"]
+    assert said == [f"warning: {path}: damaged (checksum mismatch): resuming from the checkpoint before it"]
 
 
 @pytest.mark.parametrize("damage", [truncated, flipped, lambda data: b"", None])
@@ -164,6 +164,20 @@ def test_the_newest_frames_are_damaged(saved, tmp_path):
     checkpoints, part, replay = open_run(folder, said)
     assert checkpoints.load() and part.value.eq(2).all() and len(said) == 1
     assert_same_content(replay, saved[1][1])
+
+
+def test_memory_that_a_resumed_run_lacks(saved, tmp_path):
+    """As on a GPU that another job fills: unlike another version's checkpoint, one that a sweep tries again."""
+    shutil.copytree(saved[0], tmp_path / "run")
+    checkpoints, part, _ = open_run(tmp_path / "run")
+
+    def load_state_dict(state):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
+
+    part.load_state_dict = load_state_dict
+    with pytest.raises(Ending, match="^CUDA out of memory; reduce memory with ") as error:
+        checkpoints.load()
+    assert error.value.code == 1
 
 
 def test_a_full_disk(tmp_path):

@@ -1,12 +1,15 @@
 """Physics that diverges, cameras, and processes that have loaded Mesa and triton: real dm_control throughout."""
 
+import errno
 import json
+import multiprocessing
 import os
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 
 import numpy as np
 import psutil
@@ -17,9 +20,10 @@ from conftest import make_replay, run_loop
 from config import parse
 from dmc2gym import make
 from endings import Ending, Refused
-from env_worker import PHYSICS_ERRORS, SerialEnv, WorkerEnv
+from env_worker import PHYSICS_ERRORS, SerialEnv, WorkerEnv, work
 from episodes import evaluate
 from logger import Logger
+from rendering import select_gl_backend
 
 ROOT = pathlib.Path(__file__).parent.parent
 STATE = (
@@ -103,6 +107,25 @@ def test_diverged_physics_in_a_worker():
     with pytest.raises(Ending, match="episodes in a row: Physics state is invalid"):
         env.finish()
     env.close()
+
+
+def test_an_error_in_a_worker_keeps_its_traceback(monkeypatch):
+    """Only the end of its caller ends a worker without a word."""
+
+    def finish(env):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(SerialEnv, "finish", finish)
+    select_gl_backend()
+    for ends, outcome in ((False, pytest.raises(OSError, match="Cannot allocate memory")), (True, nullcontext())):
+        here, there = multiprocessing.Pipe()
+        here.send((parse(STATE.split()), 5))
+        if ends:
+            here.close()
+        else:
+            here.send(("start", np.zeros(1)))
+        with outcome:
+            work(there)
 
 
 def test_usual_camera():

@@ -13,7 +13,7 @@ import pytest
 from test_resume import STATES, curves, rows
 
 import train
-from config import UNCHANGING, Config, parse
+from config import NO_EFFECT_ON_RESULTS, Config, parse
 from dashboard import Dashboard
 from endings import Refused, RunEnded
 from logger import Logger
@@ -66,7 +66,7 @@ def test_a_run_grows(begun, tmp_path, monkeypatch, call):
 def test_which_flags_may_change(begun, monkeypatch):
     run_dir = f"--run_dir {begun}/kept"
     args = json.loads((begun / "kept" / "args.json").read_text())
-    assert set(UNCHANGING) <= {*Config.__dataclass_fields__} <= set(args)
+    assert set(NO_EFFECT_ON_RESULTS) <= {*Config.__dataclass_fields__} <= set(args)
     for flags in ("", SHORT, "--seed -1", "--batch_size 4 --save_tb --log_interval 7 --env_worker --device cpu"):
         with pytest.raises(RunEnded, match="kept: finished, 16 steps"):
             parse_run(f"{flags} {run_dir}".split())
@@ -103,6 +103,15 @@ def test_a_run_that_cannot_resume_stays_as_it_is(begun, tmp_path):
     config, resumes = parse_run(f"--num_train_steps 20 --run_dir {tmp_path}/kept".split())
     RunFolder(config, resumes).undo(OSError(errno.ENOSPC, "No space left on device"))
     assert {path: path.read_bytes() for path in (tmp_path / "kept").glob("*.json")} == before
+
+
+def test_a_run_that_could_not_write_its_args_can_start_again(tmp_path):
+    """A full disk may still take the smaller run.json."""
+    flags = f"--num_train_steps 2000 --run_dir {tmp_path}/a".split()
+    folder = RunFolder(*parse_run(flags))
+    folder.undo(OSError(errno.ENOSPC, "No space left on device"))
+    folder._lock.close()
+    assert (tmp_path / "a" / "run.json").exists() and parse_run(flags)[1] is False
 
 
 def test_what_is_no_run(tmp_path, call):

@@ -199,9 +199,9 @@ def test_shipped_variants(here, call, file):
     [
         ("", "needs one of --name, --resume and --status"),
         ("--name a --status b", "needs one of --name, --resume and --status"),
-        ("--name=", "--name : must not be empty"),
-        ("--status=", "--status : must not be empty"),
-        ("--name a --work_dir= ", "--work_dir : must not be empty"),
+        ("--name=", "--name: must not be empty"),
+        ("--status=", "--status: must not be empty"),
+        ("--name a --work_dir= ", "--work_dir: must not be empty"),
         ("--status b --jobs 2", "--jobs: has no effect with --status"),
         ("--resume b --variant x:", "--variant: has no effect with --resume"),
         ("--name a --runs_per_job 2", "--runs_per_job, --slurm_script: have no effect without --slurm"),
@@ -236,7 +236,7 @@ def test_shipped_variants(here, call, file):
             "--domain_name walker --task_name wolk: no such task; the nearest",
         ),
         ("--name a -- --camera_id 0,7", "--camera_id 7: must be from -1 to 1 on cartpole swingup"),
-        ("--name a -- --task walker-walk --domain_name walker", "--task walker: must be domain-task, such as"),
+        ("--name a -- --task walker-walk --domain_name walker", "--task walker-walk: not together with --domain_name"),
         ("--name a --work_dir code/train.py", "--name code/train.py/a/cody_sac/cartpole-swingup/s1: "),
         (f"--name {'a' * 256}", f"--name {('runs/' + 'a' * 256)[:60]}...: no name in it may be longer than 255 bytes"),
     ],
@@ -744,7 +744,7 @@ def test_a_copy_of_a_sweep_that_was_submitted_elsewhere(here, call, cluster, mon
     monkeypatch.setenv("PATH", str(cluster))
     result = slurm(call, "--dry_run -- --seed 0")
     assert result.returncode == 2
-    assert result.stderr == ("sweep.py: error: --slurm: squeue not found, and this sweep was submitted before\n")
+    assert result.stderr == ("sweep.py: error: --slurm: squeue not found, which a sweep with submitted jobs needs\n")
 
 
 # --- real runs

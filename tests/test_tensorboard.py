@@ -232,7 +232,7 @@ def test_wandb_flags():
         parse(["--wandb", "p"])
     with pytest.raises(Refused, match="^--tb_media False: has no effect without --save_tb$"):
         parse(["--no_tb_media"])
-    with pytest.raises(Refused, match="^--wandb : must not be empty$"):
+    with pytest.raises(Refused, match="^--wandb: must not be empty$"):
         parse(["--save_tb", "--wandb", ""])
     for project in ("a/b", "x" * 129):
         with pytest.raises(Refused, match="^--wandb .*: must be 1 to 128 characters, none of them / "):

@@ -28,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import endings
 import evaluate
 import train
+from agent import make_agent
 from config import Config, parse
 from episodes import eval_seed
 from logger import Logger
@@ -317,6 +318,20 @@ def test_training_on_a_full_disk(tmp_path, monkeypatch, call, name):
     assert len(rows(folder, "eval.log")) == 1
 
 
+def test_an_error_of_cuda_is_not_a_lack_of_memory(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("agent.SAC", broken)
+    monkeypatch.setattr("replay_buffer.RawFrames", broken)
+    for make in (
+        lambda: make_agent(parse([]), (9, 84, 84), 1, torch.device("cpu")),
+        lambda: make_replay(100, (3, 84, 84), 1),
+    ):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            make()
+
+
 @pytest.mark.parametrize("when", ["making the networks", "an update on CUDA", "an update on the CPU"])
 def test_memory_that_the_networks_lack(tmp_path, monkeypatch, call, when):
     if when.startswith("an update"):
@@ -545,7 +560,6 @@ def test_collapsed_latents_are_warned_of_once(tmp_path, capsys):
     "flags, line",
     [
         ("--domain_name cartpol", "--domain_name cartpol --task_name swingup: no such task; the nearest are cartpole"),
-        ("--image_size 600", "--image_size or --pre_transform_image_size 600: the task renders at most"),
         ("--num_layers 30", "--image_size 84: must be at least 119 pixels for --num_layers 30"),
         ("--critic_lr -1", "--critic_lr -1.0: must be positive"),
         ("--init_steps 1", "--init_steps 1: must be at least 2"),
