@@ -325,7 +325,7 @@ def test_bad_folders(tmp_path, photographs, videos, call):
         f"--background {tmp_path}/none": "must be none, moving or a folder of videos or pictures",
         f"--background {tmp_path}/empty": "no videos or pictures in it",
         f"--background {tmp_path}/notes": "no videos or pictures in its train/, only notes.txt",
-        f"--background {tmp_path}/few": "no clips for tests; needs folders train/ and test/, or 4 clips, of which",
+        f"--background {tmp_path}/few": "no clips for tests; needs folders train/ and test/, or 4 clips or more",
         f"--background {tmp_path}/half": "no videos or pictures in its test/",
         f"--background {tmp_path}/broken": "none of the files to train with can be decoded: a.mp4, b.mp4, c.mp4",
         f"--background moving --eval_background {tmp_path}/empty": "no videos or pictures in it",

@@ -133,7 +133,7 @@ def test_train_is_a_split_of_the_evaluation_and_may_be_a_folder():
 @pytest.mark.parametrize(
     "flags",
     [
-        f"--batch_size {'9' * 300}",
+        f"--batch_size {'x' * 300}",
         f"--{'x' * 300} 1",
         "--batch_size",
         f"--device {'z' * 300}",

@@ -176,7 +176,7 @@ def test_the_replay_shares_a_gpu(monkeypatch, free, runs, place):
 
     def refuse(slots, shape, dtype, device):
         chosen.append(device.type)
-        raise RuntimeError("no GPU here")
+        raise torch.OutOfMemoryError("CUDA out of memory: no GPU here")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
     monkeypatch.setattr("replay_buffer.RawFrames", refuse)
