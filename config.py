@@ -367,6 +367,8 @@ def _relations(c: Config):
     steps, capacity = c.num_train_steps, c.replay_buffer_capacity
     right = f"must be below --num_train_steps {steps}, or nothing is trained"
     yield c.init_steps < steps, "init_steps", right
+    for limit, most in (("replay_buffer_capacity", capacity), ("num_train_steps", steps)):
+        yield c.batch_size <= most, "batch_size", f"must not exceed what the replay can hold, --{limit} {most}"
     right = f"must be at least {c.frame_stack + 5}, to hold a pair of transitions with --frame_stack {c.frame_stack}"
     yield capacity >= c.frame_stack + 5, "replay_buffer_capacity", right
 

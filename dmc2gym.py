@@ -21,7 +21,7 @@ CAMERAS = {"quadruped": 2, "dog-fetch": 2}
 
 
 def check_task(config):
-    """Raise `Refused` if the suite lacks the config's task or camera; does not render.
+    """Raise `Refused` if the suite lacks the config's task, camera or image size; does not render.
 
     Not for a process that makes environments: if this call imports dm_control, it cannot render.
     """
@@ -34,6 +34,8 @@ def check_task(config):
     physics = _load(config.domain_name, config.task_name).physics
     if config.encoder_type != "identity" or config.save_video:
         _camera(physics, config.domain_name, config.task_name, config.camera_id)
+    if config.encoder_type != "identity":
+        _check_size(physics, config.pre_transform_image_size, config.pre_transform_image_size)
 
 
 def _load(domain_name, task_name, *arguments):
@@ -60,6 +62,15 @@ def _camera(physics, domain_name, task_name, camera_id):
     return camera
 
 
+def _check_size(physics, height, width):
+    largest = physics.model.vis.global_
+    if height > largest.offheight or width > largest.offwidth:
+        raise Refused(
+            f"--image_size or --pre_transform_image_size {max(height, width)}: the task renders at most "
+            f"{largest.offheight}x{largest.offwidth} pixels"
+        )
+
+
 class DMCEnv(gymnasium.Env):
     """A dm_control suite task as a Gymnasium environment.
 
@@ -70,7 +81,7 @@ class DMCEnv(gymnasium.Env):
     One `step` takes `frame_skip` control steps and sums their rewards; an episode has `episode_length` control steps.
     `time_limit` is in seconds of simulated time; None is the task's own. Camera -1 is MuJoCo's free camera, None the
     task's usual one. A `background`, a source of background.py, is shown in place of floor and sky. Raises `Refused` if
-    the task or camera is unknown or no rendering backend works.
+    the task or camera is unknown, the image is too large to render, or no rendering backend works.
     """
 
     def __init__(
@@ -115,6 +126,7 @@ class DMCEnv(gymnasium.Env):
         self._action_high = np.where(bounded, spec.maximum, 1.0)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, spec.shape, np.float32)
         if from_pixels:
+            _check_size(self.physics, height, width)
             shape = (3, height, width) if channels_first else (height, width, 3)
             self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)
         else:

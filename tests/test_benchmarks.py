@@ -52,6 +52,7 @@ def test_medians_over_rounds():
         ("--rounds 0", "--rounds 0: must be at least 1"),
         ("--updates 1", "--updates 1: must be at least 2"),
         ("--batch_sizes many", "--batch_size many: must be a whole number"),
+        ("--batch_sizes 3000", "--batch_size 3000: must not exceed what the replay can hold"),
         ("--rows=--update_mode=fast", "--update_mode fast: must be one of sequential, joint"),
         ("--batch_sizes=", "--batch_sizes: must not be empty"),
     ],

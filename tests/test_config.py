@@ -102,6 +102,10 @@ def test_tasks_outside_the_table_and_other_repeats():
         ("--pre_transform_image_size 80", "--pre_transform_image_size 80: must be at least --image_size 84"),
         ("--init_steps 1", "--init_steps 1: must be at least 2, to leave a pair of transitions to sample"),
         (
+            "--batch_size 200 --replay_buffer_capacity 100",
+            "--batch_size 200: must not exceed what the replay can hold, --replay_buffer_capacity 100",
+        ),
+        (
             "--batch_size 2 --replay_buffer_capacity 5",
             "--replay_buffer_capacity 5: must be at least 8, to hold a pair of transitions with --frame_stack 3",
         ),
@@ -110,6 +114,7 @@ def test_tasks_outside_the_table_and_other_repeats():
             "--action_repeat 1000: must be below the 1000 steps of an episode, so that it has two decisions or more",
         ),
         ("--actor_log_std_min 3", "--actor_log_std_min 3.0: must be below --actor_log_std_max 2.0"),
+        ("--num_train_steps 1100 --batch_size 1200", "--batch_size 1200: must not exceed what the replay can hold"),
         ("--num_train_steps 500", "--init_steps 1000: must be below --num_train_steps 500, or nothing is trained"),
         ("--num_train_steps 0", "--num_train_steps 0: must be at least 1"),
         ("--run_dir=", "--run_dir: must not be empty"),
@@ -133,7 +138,7 @@ def test_train_is_a_split_of_the_evaluation_and_may_be_a_folder():
 @pytest.mark.parametrize(
     "flags",
     [
-        f"--batch_size {'x' * 300}",
+        f"--batch_size {'9' * 300}",
         f"--{'x' * 300} 1",
         "--batch_size",
         f"--device {'z' * 300}",

@@ -116,6 +116,8 @@ def test_other_arguments():
     assert [env.step(np.zeros(1))[3] for _ in range(3)] == [False, False, True]
     with pytest.raises(Refused, match="visualize_reward"):
         dmc2gym.make("cartpole", "swingup", from_pixels=True, visualize_reward=True)
+    with pytest.raises(Refused, match="5000: the task renders at most 480x640 pixels"):
+        dmc2gym.make("cartpole", "swingup", from_pixels=True, height=5000)
 
 
 @pytest.mark.parametrize("from_pixels", [True, False])

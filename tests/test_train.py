@@ -560,6 +560,7 @@ def test_collapsed_latents_are_warned_of_once(tmp_path, capsys):
     "flags, line",
     [
         ("--domain_name cartpol", "--domain_name cartpol --task_name swingup: no such task; the nearest are cartpole"),
+        ("--image_size 600", "--image_size or --pre_transform_image_size 600: the task renders at most"),
         ("--num_layers 30", "--image_size 84: must be at least 119 pixels for --num_layers 30"),
         ("--critic_lr -1", "--critic_lr -1.0: must be positive"),
         ("--init_steps 1", "--init_steps 1: must be at least 2"),
