@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+import rendering
 import train
 from agent import make_agent
 from config import Config, complete, parse
 from replay_buffer import Batch, ReplayBuffer
+
+rendering.select_gl_backend()
+import dm_control.suite  # noqa: E402, F401  before a test imports it as sweep.py does, without a renderer
 
 for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup, and in the background of a script; it is inherited

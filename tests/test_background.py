@@ -21,16 +21,11 @@ from conftest import make_replay
 import background
 import benchmarks.backgrounds
 import dmc2gym
-import rendering
 from background import Films, Moving, open_source
 from config import parse
 from endings import Refused
 from env_worker import SerialEnv, WorkerEnv, open_env, open_eval_envs
 from storage.run_folder import load_args, load_rows
-
-rendering.select_gl_backend()  # before dm_control is imported
-
-import dm_control.suite  # noqa: E402, F401
 
 ROOT = pathlib.Path(__file__).parent.parent
 PHOTOGRAPHS = pathlib.Path(skimage.__file__).parent / "data"

@@ -206,7 +206,7 @@ def test_tf32_is_on_only_if_asked_for(precision):
 
 def test_deterministic_on_a_cpu(tmp_path, call):
     """Accepted there, where it changes nothing; a run keeps it."""
-    flags = f"{STATE} --num_train_steps 20 --deterministic --run_dir {tmp_path}/a"
+    flags = f"{STATE} --device cpu --num_train_steps 20 --deterministic --run_dir {tmp_path}/a"
     result = call("train.py", flags)
     assert result.returncode == 0 and " in fp32, deterministic, " in result.stdout
     assert json.loads((tmp_path / "a/args.json").read_text())["deterministic"] is True

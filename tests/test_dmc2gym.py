@@ -9,15 +9,12 @@ import warnings
 import gymnasium
 import numpy as np
 import pytest
+from dm_control import suite
 from gymnasium.utils.env_checker import check_env
 
 import dmc2gym
 import rendering
 from endings import Refused
-
-rendering.select_gl_backend()  # before dm_control is imported
-
-from dm_control import suite  # noqa: E402
 
 SEED = 7
 

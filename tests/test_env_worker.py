@@ -23,7 +23,6 @@ from endings import Ending, Refused
 from env_worker import PHYSICS_ERRORS, SerialEnv, WorkerEnv, work
 from episodes import evaluate
 from logger import Logger
-from rendering import select_gl_backend
 
 ROOT = pathlib.Path(__file__).parent.parent
 STATE = (
@@ -116,7 +115,6 @@ def test_an_error_in_a_worker_keeps_its_traceback(monkeypatch):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(SerialEnv, "finish", finish)
-    select_gl_backend()
     for ends, outcome in ((False, pytest.raises(OSError, match="Cannot allocate memory")), (True, nullcontext())):
         here, there = multiprocessing.Pipe()
         here.send((parse(STATE.split()), 5))

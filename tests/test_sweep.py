@@ -4,7 +4,6 @@ and writes a run's folder as train.py does; what a real one needs is tested with
 import contextlib
 import errno
 import fcntl
-import importlib
 import json
 import os
 import pathlib
@@ -23,7 +22,6 @@ import pytest
 from conftest import SMALL
 from rich.console import Console
 
-import rendering
 import sweep
 from experiments import grid, processes, status
 from experiments.slurm import fill
@@ -77,8 +75,6 @@ with open(folder.path / "times", "a") as file:
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working folder, where sweep.py starts the stand-in; the folder of the sweep `a`."""
-    rendering.select_gl_backend()  # before the sweep, which draws nothing, has dm_control without a renderer: the tests
-    importlib.import_module("dm_control.suite")  # that come later in this process make environments
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "train.py").write_text(STAND_IN.replace("ROOT", repr(str(ROOT))))
     monkeypatch.setattr(grid, "HERE", tmp_path / "code")
