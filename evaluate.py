@@ -86,7 +86,7 @@ def export(run, step, policy, folder):
 
 @command()
 def main():
-    """Evaluate and print one JSON line with the mean, the standard deviation and all returns; or export."""
+    """Evaluate and print one JSON line: mean, standard deviation and all returns, beside what was logged; or export."""
     limit_threads()
     args = parse_flags(Args)
     if args.num_eval_episodes < 1:
@@ -123,6 +123,7 @@ def main():
     row = {"step": step, "env_step": step * config.action_repeat, **summary(returns)}
     for logged in rows_at(args.run, step):
         row |= {f"logged_{name}": logged[name] for name in summary(returns)}
+        row["logged_episodes"] = config.num_eval_episodes
     print(json.dumps(row | {"returns": returns}), flush=True)  # before the video, which a full disk may refuse
     if frames:
         save_video(args.video, frames, envs[0].metadata["render_fps"])
