@@ -14,6 +14,8 @@ def test_reaches_its_logged_return(name, call):
     result = call("evaluate.py", f"--run {POLICIES / name} --num_eval_episodes 2")
     assert result.returncode == 0, result.stderr
     (logged,) = [json.loads(line) for line in (POLICIES / name / "eval.log").read_text().splitlines()]
-    for ours, theirs in zip(json.loads(result.stdout)["returns"], logged["returns"], strict=False):
+    row = json.loads(result.stdout)
+    assert row["logged_episodes"] == len(logged["returns"]) == 10 and len(row["returns"]) == 2
+    for ours, theirs in zip(row["returns"], logged["returns"], strict=False):
         assert abs(ours - theirs) < TOLERANCE
     assert sum(path.stat().st_size for path in (POLICIES / name).rglob("*")) < 7_000_000

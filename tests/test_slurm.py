@@ -128,7 +128,7 @@ def test_the_time_limit_and_a_more_urgent_job(tmp_path, one, here):
 
     at_work(one, *runs[:2])
     at_work(one, *runs[2:])
-    one.run("scontrol", "update", f"jobid={job}", "timelimit=2")  # however fast the machine, the signal is due now
+    one.run("scontrol", "update", f"jobid={job}", "timelimit=2")  # due now, seen within 30 s; a run may be over by then
     come_back("1")
     one.run("scontrol", "update", f"jobid={job}", "timelimit=10")
     at_work(one, *runs[:2])
